@@ -1,0 +1,2 @@
+//! The `nashswarm` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Tensors, model files (GGUF, safetensors, packed folders), checksums and atomic writes.

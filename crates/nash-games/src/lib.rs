@@ -1,0 +1,1 @@
+//! Potential games: rounding, market, best response, flock graphs, equilibrium certificates.

@@ -1,0 +1,1 @@
+//! Packed and dense CPU kernels: one layout, every width, run-time CPU detection.

@@ -1,0 +1,1 @@
+//! Compression of a model by games: calibration, rounding, allocation, packing, certificates.
