@@ -1,1 +1,31 @@
-//! Measurements: perplexity, KL divergence, speed and memory.
+//! Measurements of a language model: perplexity, KL divergence to a reference, speed and memory.
+//!
+//! Everything here sees a model through [`Scorer`], so that a measurement never knows how a weight was
+//! compressed and tests can use a table of logits in place of a model.
+//!
+//! - [`Windows`]: the text windows and positions that `llama-perplexity` scores.
+//! - [`perplexity`], [`compare`]: one pass over the windows, logits in row blocks, sums in `f64`.
+//! - [`speed`], [`read_bandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
+//! - [`report`]: the serialisable results; their field names are stable, scripts rely on them.
+//!
+//! Shapes: T tokens of a window, d hidden width, V vocabulary; hidden states `[T, d]`, logits `[T, V]`, row-major.
+
+mod bandwidth;
+mod compare;
+mod error;
+pub mod memory;
+pub mod report;
+mod scorer;
+mod softmax;
+mod speed;
+pub mod stats;
+mod windows;
+
+pub use bandwidth::read_bandwidth;
+pub use compare::{Progress, compare, perplexity};
+pub use error::EvalError;
+pub use report::{ComparisonReport, PerplexityReport, SpeedReport};
+pub use scorer::{Decoder, Scorer};
+pub use softmax::{KlRow, kl_row, log_sum_exp};
+pub use speed::{SpeedOptions, speed};
+pub use windows::{Window, Windows};
