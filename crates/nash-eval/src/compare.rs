@@ -1,7 +1,7 @@
 //! Perplexity, and KL divergence of models to a reference, in one pass over the windows.
 //!
 //! Per window each model runs once and leaves its hidden states `[T, d]`; logits exist only for a block of
-//! [`BLOCK_ROWS`] positions at a time (two buffers of `64 · V` floats: 134 MB for a vocabulary of 262k). Rows are
+//! `BLOCK_ROWS` (64) positions at a time (two buffers of `64 · V` floats: 134 MB for a vocabulary of 262k). Rows are
 //! evaluated in parallel and summed in order, so the result is the same for any number of threads.
 
 use std::ops::ControlFlow;

@@ -3,7 +3,7 @@
 /// `ln Σ exp(x)` over one row, and the index of its first largest value.
 ///
 /// The largest logit is subtracted first, so nothing overflows. An empty row gives `(−∞, 0)`. The caller rules out
-/// NaN and infinite logits, see [`first_non_finite`].
+/// NaN and infinite logits, see `first_non_finite`.
 pub fn log_sum_exp(row: &[f32]) -> (f64, usize) {
     let mut top = 0;
     let mut largest = f32::NEG_INFINITY;
