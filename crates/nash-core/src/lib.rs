@@ -6,14 +6,20 @@
 
 pub mod error;
 pub mod gguf;
+pub mod hf;
+pub mod safetensors;
 
 mod dequant;
 mod dtype;
+mod model_file;
 mod region;
 mod tensor;
 
 pub use dtype::DType;
 pub use error::{CoreError, ErrorKind, Result};
 pub use gguf::Gguf;
+pub use hf::HfFolder;
+pub use model_file::ModelFile;
 pub use region::Region;
+pub use safetensors::Safetensors;
 pub use tensor::Tensor;

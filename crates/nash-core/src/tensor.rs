@@ -196,6 +196,10 @@ impl TensorTable {
         })
     }
 
+    pub(crate) fn into_vec(self) -> Vec<Tensor> {
+        self.tensors
+    }
+
     pub(crate) fn as_slice(&self) -> &[Tensor] {
         &self.tensors
     }

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub(crate) use split::number as part_number;
 pub use value::{Array, Value};
 
 use crate::error::{CoreError, ErrorKind, Result};

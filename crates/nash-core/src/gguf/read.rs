@@ -8,7 +8,7 @@ use crate::error::{CoreError, ErrorKind, Result};
 use crate::gguf::value::{Array, Value};
 
 /// Metadata and tensor table together; the largest vocabularies take some 20 MB.
-pub(super) const MAX_HEADER_BYTES: usize = 256 << 20;
+const MAX_HEADER_BYTES: usize = 128 << 20;
 /// Elements reserved before they are found.
 const RESERVE: usize = 4096;
 /// Arrays in arrays in arrays …

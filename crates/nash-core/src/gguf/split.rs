@@ -26,6 +26,14 @@ pub(super) fn parts(path: &Path, part: &Part) -> Result<Option<Vec<PathBuf>>> {
     Ok(Some((1..=count).map(name).collect()))
 }
 
+/// The number in the name of a part: 2 for `NAME-00002-of-00003.gguf`.
+pub(crate) fn number(path: &Path) -> Option<u64> {
+    let name = path.file_name()?.to_str()?.strip_suffix(".gguf")?;
+    let (rest, count) = name.rsplit_once("-of-")?;
+    stem(path.file_name()?.to_str()?, count.parse().ok()?)?;
+    rest.rsplit_once('-')?.1.parse().ok()
+}
+
 /// `NAME` of `NAME-00002-of-00003.gguf`, if the file is named as a part of `count`.
 fn stem(file: &str, count: u64) -> Option<&str> {
     let rest = file.strip_suffix(&format!("-of-{count:05}.gguf"))?;
