@@ -4,8 +4,11 @@
 //! that hold together. Files are mapped, not read: a [`Tensor`] is a view of the mapped file and is decoded row range
 //! by row range where it is used.
 
+pub mod atomic;
 pub mod error;
 pub mod gguf;
+pub mod gguf_write;
+pub mod hash;
 pub mod hf;
 pub mod safetensors;
 

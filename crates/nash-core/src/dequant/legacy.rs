@@ -4,7 +4,7 @@
 //! 4-bit codes come in 16 bytes: the low nibbles are elements 0..16, the high ones 16..32. Fifth bits, where there are
 //! any, are a `u32` with bit `j` for element `j`.
 
-use super::{E4M3, f16_at, u16_at, u32_at};
+use super::{f16_at, f16_to_f32, u16_at, u32_at};
 
 /// `d: f16, codes: [u4; 32]`, value `d·(code − 8)`.
 #[inline(always)]
@@ -130,12 +130,12 @@ pub(super) fn mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
 #[inline(always)]
 pub(super) fn nvfp4(block: &[u8; 36], out: &mut [f32; 64]) {
     for (i, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        // The exponent bias is 7, binary16's is 15: 2^8, halved. 0x7f counts as zero and the top bit for nothing.
         let scale = block[i];
-        // The top bit carries no sign here, and the code of NaN counts as zero (as in ggml).
         let d = if scale == 0x7f {
             0.0
         } else {
-            0.5 * E4M3[usize::from(scale & 0x7f)]
+            f16_to_f32(u16::from(scale & 0x7f) << 7) * 128.0
         };
         table_nibbles(&block[4 + 8 * i..12 + 8 * i], d, &E2M1, out);
     }
