@@ -1,0 +1,301 @@
+//! The hub client against a small hub on this machine.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What the hub serves, and what it was asked.
+#[derive(Default)]
+struct Shelf {
+    /// Contents by name.
+    files: BTreeMap<&'static str, Vec<u8>>,
+    /// Contents that are listed (size, sha256) instead of those served.
+    listed: BTreeMap<&'static str, Vec<u8>>,
+    /// Transfers still to be broken off after half of the bytes.
+    breaks: Mutex<usize>,
+    /// "FILE from START" for each transfer, and the authorization header of each request.
+    transfers: Mutex<Vec<String>>,
+    tokens: Mutex<Vec<String>>,
+}
+
+impl Shelf {
+    fn listing(&self) -> String {
+        let siblings: Vec<String> = self
+            .files
+            .iter()
+            .map(|(name, data)| {
+                let data = self.listed.get(name).unwrap_or(data);
+                let lfs = if is_large(name) {
+                    format!(r#","lfs":{{"sha256":"{}"}}"#, sha256(data))
+                } else {
+                    String::new()
+                };
+                format!(r#"{{"rfilename":"{name}","size":{}{lfs}}}"#, data.len())
+            })
+            .collect();
+        format!(r#"{{"sha":"{COMMIT}","siblings":[{}]}}"#, siblings.join(","))
+    }
+
+    fn answer(&self, stream: &mut TcpStream) -> Option<()> {
+        let mut reader = BufReader::new(stream.try_clone().ok()?);
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        let target = line.split(' ').nth(1)?.to_owned();
+        let mut range = None;
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header).ok()?;
+            if header.trim().is_empty() {
+                break;
+            }
+            let (name, value) = header.trim().split_once(": ")?;
+            match name.to_ascii_lowercase().as_str() {
+                "range" => range = Some(value.to_owned()),
+                "authorization" => self.tokens.lock().unwrap().push(value.to_owned()),
+                _ => (),
+            }
+        }
+        if target.starts_with("/api/models/a/b") {
+            let body = self.listing();
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .ok()?;
+            return Some(());
+        }
+        let file = target
+            .strip_prefix("/a/b/resolve/main/")
+            .and_then(|name| self.files.get_key_value(name));
+        let Some((name, data)) = file else {
+            write!(
+                stream,
+                "HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            )
+            .ok()?;
+            return None;
+        };
+        let range = range?;
+        let (start, end) = range.strip_prefix("bytes=")?.split_once('-')?;
+        let start: usize = start.parse().ok()?;
+        let end = if end.is_empty() {
+            data.len()
+        } else {
+            data.len().min(end.parse::<usize>().ok()? + 1)
+        };
+        let etag = if is_large(name) {
+            sha256(data)
+        } else {
+            format!("{:x}", name.len())
+        };
+        write!(
+            stream,
+            "HTTP/1.1 206 Partial Content\r\nConnection: close\r\nContent-Length: {}\r\nContent-Range: bytes {start}-{}/{}\r\n\
+             ETag: \"{etag}\"\r\nx-repo-commit: {COMMIT}\r\n\r\n",
+            end - start,
+            end - 1,
+            data.len()
+        )
+        .ok()?;
+        let mut body = &data[start..end];
+        if range.ends_with('-') {
+            self.transfers
+                .lock()
+                .unwrap()
+                .push(format!("{name} from {start}"));
+            let mut breaks = self.breaks.lock().unwrap();
+            if *breaks > 0 {
+                *breaks -= 1;
+                body = &body[..body.len() / 2];
+            }
+        }
+        stream.write_all(body).ok()
+    }
+
+    /// Serves until the test process ends; returns the endpoint.
+    fn serve(self: &Arc<Self>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let shelf = Arc::clone(self);
+        thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                shelf.answer(&mut stream);
+            }
+        });
+        format!("http://{address}")
+    }
+}
+
+fn is_large(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.ends_with(".gguf")
+}
+
+fn sha256(data: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(data)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn weights() -> Vec<u8> {
+    (0..100_000_u32).flat_map(u32::to_le_bytes).collect()
+}
+
+fn model(file: Option<&str>) -> HubRef {
+    HubRef {
+        repo: "a/b".into(),
+        revision: None,
+        file: file.map(Into::into),
+    }
+}
+
+fn folder_model() -> Shelf {
+    let files = BTreeMap::from([
+        ("config.json", b"{}".to_vec()),
+        ("tokenizer.json", b"{\"a\": 1}".to_vec()),
+        ("model.safetensors", weights()),
+        ("README.md", b"words".to_vec()),
+    ]);
+    Shelf {
+        files,
+        ..Shelf::default()
+    }
+}
+
+fn settings(endpoint: &str, cache: &Path) -> Settings {
+    Settings {
+        endpoint: Some(endpoint.to_owned()),
+        cache: cache.to_owned(),
+        token: Some("secret".into()),
+        offline: false,
+    }
+}
+
+#[test]
+fn a_folder_is_fetched_once_and_then_found_offline() {
+    let cache = tempfile::tempdir().unwrap();
+    let shelf = Arc::new(folder_model());
+    let settings = settings(&shelf.serve(), cache.path());
+    let mut seen = (0, 0);
+    let path = fetch(&model(None), &settings, &mut |p| seen = (p.bytes, p.total)).unwrap();
+    assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
+    assert!(path.join("config.json").exists() && !path.join("README.md").exists());
+    assert_eq!(seen, (400_010, 400_010));
+    let transfers = [
+        "model.safetensors from 0",
+        "tokenizer.json from 0",
+        "config.json from 0",
+    ];
+    assert_eq!(
+        *shelf.transfers.lock().unwrap(),
+        transfers,
+        "the file that makes a folder complete comes last"
+    );
+    assert!(
+        shelf
+            .tokens
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|token| token == "Bearer secret")
+    );
+
+    assert_eq!(fetch(&model(None), &settings, &mut |_| ()).unwrap(), path);
+    assert_eq!(
+        shelf.transfers.lock().unwrap().len(),
+        3,
+        "what is here is not fetched again"
+    );
+    let offline = Settings {
+        offline: true,
+        endpoint: Some("http://127.0.0.1:1".into()),
+        ..settings
+    };
+    assert_eq!(fetch(&model(None), &offline, &mut |_| ()).unwrap(), path);
+    assert!(matches!(
+        fetch(&model(Some("x.gguf")), &offline, &mut |_| ()),
+        Err(FetchError::Offline { .. })
+    ));
+}
+
+#[test]
+fn a_broken_transfer_goes_on_where_it_stopped() {
+    let cache = tempfile::tempdir().unwrap();
+    let files = BTreeMap::from([("q/m.gguf", weights())]);
+    let shelf = Arc::new(Shelf {
+        files,
+        breaks: Mutex::new(1),
+        ..Shelf::default()
+    });
+    let path = fetch(&model(None), &settings(&shelf.serve(), cache.path()), &mut |_| ()).unwrap();
+    assert!(path.ends_with("q/m.gguf"));
+    assert_eq!(fs::read(path).unwrap(), weights());
+    assert_eq!(
+        *shelf.transfers.lock().unwrap(),
+        ["q/m.gguf from 0", "q/m.gguf from 200000"]
+    );
+}
+
+#[test]
+fn other_bytes_than_listed_are_discarded() {
+    let cache = tempfile::tempdir().unwrap();
+    let mut listed = weights();
+    listed[7] ^= 1;
+    let shelf = Arc::new(Shelf {
+        listed: BTreeMap::from([("model.safetensors", listed)]),
+        ..folder_model()
+    });
+    let settings = settings(&shelf.serve(), cache.path());
+    for _ in 0..2 {
+        let error = fetch(&model(None), &settings, &mut |_| ()).unwrap_err();
+        assert!(
+            matches!(error, FetchError::Corrupt { what: "sha256", .. }),
+            "{error}"
+        );
+    }
+    assert_eq!(
+        shelf.transfers.lock().unwrap().len(),
+        2,
+        "fetched again, not believed"
+    );
+    let offline = Settings {
+        offline: true,
+        ..settings
+    };
+    assert!(matches!(
+        fetch(&model(None), &offline, &mut |_| ()),
+        Err(FetchError::Offline { .. })
+    ));
+}
+
+#[test]
+fn a_hub_that_is_not_there_or_does_not_know_is_an_error() {
+    let cache = tempfile::tempdir().unwrap();
+    let error = fetch(
+        &model(None),
+        &settings("http://127.0.0.1:1", cache.path()),
+        &mut |_| (),
+    )
+    .unwrap_err();
+    assert!(matches!(error, FetchError::Hub { .. }), "{error}");
+    let shelf = Arc::new(folder_model());
+    let other = HubRef {
+        repo: "x/y".into(),
+        revision: None,
+        file: None,
+    };
+    let error = fetch(&other, &settings(&shelf.serve(), cache.path()), &mut |_| ()).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("x/y: the hub did not give its list of files: http status: 404"),
+        "{error}"
+    );
+}
