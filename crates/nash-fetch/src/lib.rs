@@ -10,6 +10,7 @@ mod error;
 #[cfg(feature = "hub")]
 mod hub;
 mod reference;
+#[cfg(feature = "hub")]
 mod select;
 mod transfer;
 mod wheel;
