@@ -1,0 +1,302 @@
+//! Tokenizers of Hugging Face folders: `tokenizer.json` (or GPT-2's `vocab.json` with `merges.txt`),
+//! `tokenizer_config.json`, `generation_config.json` and the chat template, read and written.
+
+use crate::TextError;
+use crate::pipeline::{self, Source};
+use crate::pretokenizer::PreTokenizer;
+use crate::vocabulary::{Algorithm, Kind, Roles, Vocabulary};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
+use std::path::Path;
+
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const CONFIG: &str = "tokenizer_config.json";
+pub(crate) const GENERATION: &str = "generation_config.json";
+
+/// Classes of `transformers` that put BOS and EOS as `tokenizer_config.json` says, whatever `tokenizer.json` holds.
+const FRAMED_BY_CONFIG: &[&str] = &[
+    "LlamaTokenizer",
+    "CodeLlamaTokenizer",
+    "GemmaTokenizer",
+    "CohereTokenizer",
+];
+
+/// Reads a folder.
+///
+/// # Errors
+/// Any [`TextError`] about reading; it names the file.
+pub(crate) fn read(dir: &Path) -> Result<Source, TextError> {
+    let mut config = object(&dir.join(CONFIG))?;
+    if let Some(template) = chat_template(dir)? {
+        config.insert("chat_template".into(), template);
+    }
+    let mut generation = object(&dir.join(GENERATION))?;
+    if generation.is_empty() {
+        // Older models keep these in config.json.
+        let model = object(&dir.join("config.json"))?;
+        let ids = ["bos_token_id", "eos_token_id", "pad_token_id"];
+        generation = ids
+            .iter()
+            .filter_map(|&key| Some((key.to_owned(), model.get(key)?.clone())))
+            .collect();
+    }
+    let path = dir.join(TOKENIZER);
+    let Some(text) = optional(&path)? else {
+        return gpt2(dir, config, generation);
+    };
+    check_json(&path, &text)?;
+    let load = || tokenizers::Tokenizer::from_bytes(&text);
+    let refused = |message| TextError::Tokenizer {
+        file: path.clone(),
+        action: "load",
+        message,
+    };
+    let mut pipeline = caught(load).map_err(refused)?;
+    if framed_by_config(&config) {
+        let role = |flag: &str, default: bool, token: &str| {
+            let wanted = config.get(flag).and_then(Value::as_bool).unwrap_or(default);
+            token_text(&config, token)
+                .filter(|_| wanted)
+                .and_then(|text| pipeline.token_to_id(text))
+        };
+        let (bos, eos) = (
+            role("add_bos_token", true, "bos_token"),
+            role("add_eos_token", false, "eos_token"),
+        );
+        pipeline::frame(&mut pipeline, bos, eos).map_err(|e| refused(e.to_string()))?;
+    }
+    Ok(Source {
+        origin: dir.to_owned(),
+        pipeline,
+        config,
+        generation,
+    })
+}
+
+/// Writes the three files; see [`crate::Tokenizer::save`].
+pub(crate) fn write(source: &Source, dir: &Path) -> Result<(), TextError> {
+    let json = source
+        .pipeline
+        .to_string(false)
+        .map_err(|e| TextError::Tokenizer {
+            file: source.origin.clone(),
+            action: "save",
+            message: e.to_string(),
+        })?;
+    let pretty = |map: &Map<String, Value>| format!("{:#}\n", Value::Object(map.clone()));
+    for (name, text) in [
+        (TOKENIZER, json),
+        (CONFIG, pretty(&source.config)),
+        (GENERATION, pretty(&source.generation)),
+    ] {
+        let path = dir.join(name);
+        std::fs::write(&path, text).map_err(|source| TextError::Write { path, source })?;
+    }
+    Ok(())
+}
+
+/// The text of a role such as `bos_token`, which is a string or an object with `content`.
+pub(crate) fn token_text<'a>(config: &'a Map<String, Value>, role: &str) -> Option<&'a str> {
+    let value = config.get(role)?;
+    value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+/// Runs the library on input it may not expect; a panic inside becomes a message.
+pub(crate) fn caught<T>(load: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err("the contents contradict each other".into()),
+    }
+}
+
+fn framed_by_config(config: &Map<String, Value>) -> bool {
+    let class = config
+        .get("tokenizer_class")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    FRAMED_BY_CONFIG.contains(&class.strip_suffix("Fast").unwrap_or(class))
+}
+
+fn optional(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(TextError::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// A JSON object, empty when the file does not exist.
+fn object(path: &Path) -> Result<Map<String, Value>, TextError> {
+    let Some(bytes) = optional(path)? else {
+        return Ok(Map::new());
+    };
+    serde_json::from_slice(&bytes).map_err(|source| TextError::Json {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// A template kept outside `tokenizer_config.json`, which it overrides.
+fn chat_template(dir: &Path) -> Result<Option<Value>, TextError> {
+    let path = dir.join("chat_template.jinja");
+    if let Some(bytes) = optional(&path)? {
+        let text = String::from_utf8(bytes).map_err(|e| TextError::Read {
+            path,
+            source: std::io::Error::new(ErrorKind::InvalidData, e),
+        })?;
+        return Ok(Some(text.into()));
+    }
+    Ok(object(&dir.join("chat_template.json"))?.remove("chat_template"))
+}
+
+/// What the library takes on trust in a BPE `tokenizer.json`.
+#[derive(Deserialize)]
+struct Checked<'a> {
+    #[serde(borrow)]
+    model: CheckedModel<'a>,
+}
+
+#[derive(Deserialize)]
+struct CheckedModel<'a> {
+    #[serde(default, rename = "type")]
+    kind: Option<String>,
+    #[serde(default)]
+    continuing_subword_prefix: Option<String>,
+    #[serde(default, borrow)]
+    vocab: Option<&'a serde_json::value::RawValue>,
+    #[serde(default, borrow)]
+    merges: Option<Vec<CheckedMerge<'a>>>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum CheckedMerge<'a> {
+    Pair(#[serde(borrow)] (Cow<'a, str>, Cow<'a, str>)),
+    Line(#[serde(borrow)] Cow<'a, str>),
+}
+
+/// Checks that every merge of a BPE model joins two tokens into a third.
+fn check_json(path: &Path, text: &[u8]) -> Result<(), TextError> {
+    let wrong = |source| TextError::Json {
+        path: path.to_owned(),
+        source,
+    };
+    let Checked { model } = serde_json::from_slice(text).map_err(wrong)?;
+    let (Some(vocab), Some(merges)) = (model.vocab, model.merges) else {
+        return Ok(());
+    };
+    if model.kind.is_some_and(|kind| kind != "BPE") {
+        return Ok(());
+    }
+    let vocab: HashMap<Cow<'_, str>, u32> = serde_json::from_str(vocab.get()).map_err(wrong)?;
+    let prefix = model.continuing_subword_prefix.unwrap_or_default();
+    for (rank, merge) in merges.iter().enumerate() {
+        let pair = match merge {
+            CheckedMerge::Pair((left, right)) => Some((left.as_ref(), right.as_ref())),
+            CheckedMerge::Line(line) if line.starts_with("#version") => continue,
+            CheckedMerge::Line(line) => line.split_once(' '),
+        };
+        let sound = pair.is_some_and(|(left, right)| {
+            let joined = right
+                .strip_prefix(prefix.as_str())
+                .map(|rest| [left, rest].concat());
+            [Some(left), Some(right), joined.as_deref()]
+                .into_iter()
+                .all(|token| token.is_some_and(|token| vocab.contains_key(token)))
+        });
+        if !sound {
+            let problem = format!("has an entry {rank} that does not join two tokens into a third");
+            return Err(TextError::Invalid {
+                file: path.to_owned(),
+                key: "model.merges".into(),
+                problem,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// GPT-2's two files (GPT-2, OPT): byte-level BPE with GPT-2's pre-tokenizer.
+fn gpt2(dir: &Path, config: Map<String, Value>, generation: Map<String, Value>) -> Result<Source, TextError> {
+    let (vocab_path, merges_path) = (dir.join("vocab.json"), dir.join("merges.txt"));
+    let (Some(vocab), Some(merges)) = (optional(&vocab_path)?, optional(&merges_path)?) else {
+        return Err(TextError::NoTokenizer { dir: dir.to_owned() });
+    };
+    let ids: BTreeMap<String, u32> = serde_json::from_slice(&vocab).map_err(|source| TextError::Json {
+        path: vocab_path.clone(),
+        source,
+    })?;
+    let invalid = |path: &Path, problem: String| TextError::Invalid {
+        file: path.to_owned(),
+        key: "entries".into(),
+        problem,
+    };
+    let mut tokens = vec![None; ids.len()];
+    for (token, id) in ids {
+        match tokens.get_mut(id as usize) {
+            Some(slot @ None) => *slot = Some(token),
+            _ => {
+                return Err(invalid(
+                    &vocab_path,
+                    format!("give {token:?} the id {id}, out of range or taken"),
+                ));
+            }
+        }
+    }
+    let tokens: Vec<String> = tokens.into_iter().flatten().collect();
+    let merges = String::from_utf8_lossy(&merges);
+    let merges = merges
+        .lines()
+        .filter(|l| !l.starts_with("#version") && !l.is_empty())
+        .map(|line| {
+            let pair = line.split_once(' ').map(|(l, r)| (l.to_owned(), r.to_owned()));
+            pair.ok_or_else(|| invalid(&merges_path, format!("include {line:?}, which is not two tokens")))
+        });
+    let merges = merges.collect::<Result<Vec<_>, _>>()?;
+    let pre = PreTokenizer::by_name("gpt-2").ok_or_else(|| TextError::NoTokenizer { dir: dir.to_owned() })?;
+    let id = |role: &str| {
+        token_text(&config, role)
+            .and_then(|t| tokens.iter().position(|x| x == t))
+            .map(|i| i as u32)
+    };
+    let roles = Roles {
+        bos: id("bos_token"),
+        eos: id("eos_token"),
+        unk: id("unk_token"),
+        pad: id("pad_token"),
+    };
+    let marks = [roles.bos, roles.eos, roles.unk, roles.pad];
+    let kind = |i: usize| {
+        if marks.contains(&Some(i as u32)) {
+            Kind::Control
+        } else {
+            Kind::Normal
+        }
+    };
+    let flag = |name: &str| config.get(name).and_then(Value::as_bool).unwrap_or(false);
+    let vocabulary = Vocabulary {
+        origin: dir.to_owned(),
+        algorithm: Algorithm::Bpe { pre, merges },
+        kinds: (0..tokens.len()).map(kind).collect(),
+        scores: Vec::new(),
+        stops: Vec::new(),
+        add_bos: flag("add_bos_token") && roles.bos.is_some(),
+        add_eos: flag("add_eos_token") && roles.eos.is_some(),
+        add_space_prefix: false,
+        chat_template: None,
+        tokens,
+        roles,
+    };
+    let built = pipeline::build(vocabulary)?;
+    Ok(Source {
+        config,
+        generation,
+        ..built
+    })
+}

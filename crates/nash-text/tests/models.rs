@@ -1,0 +1,72 @@
+//! Checks against real files, which are too large for the repository. Each test says when it had nothing to run on.
+//!
+//! `NASHSWARM_MODELS` names a folder with GGUF files. Next to a file `NAME.gguf`, llama.cpp's published vectors
+//! `NAME.gguf.inp` and `NAME.gguf.out` (its `models/ggml-vocab-*`) are compared where they exist.
+
+use nash_core::Gguf;
+use nash_text::{TextError, Tokenizer};
+use std::path::{Path, PathBuf};
+
+fn models(test: &str) -> Vec<PathBuf> {
+    let Some(folder) = std::env::var_os("NASHSWARM_MODELS") else {
+        println!("{test}: nothing checked: set NASHSWARM_MODELS to a folder with GGUF files");
+        return Vec::new();
+    };
+    let entries = std::fs::read_dir(&folder).expect("NASHSWARM_MODELS names a readable folder");
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "gguf"));
+    files.sort();
+    println!(
+        "{test}: {} files in {}",
+        files.len(),
+        Path::new(&folder).display()
+    );
+    files
+}
+
+fn open(path: &Path) -> Option<Tokenizer> {
+    match Tokenizer::from_gguf(&Gguf::open(path).unwrap()) {
+        Ok(tokenizer) => Some(tokenizer),
+        Err(TextError::Unsupported { name, what, .. }) => {
+            println!("  {}: {what} {name} is not supported", path.display());
+            None
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn published_vectors_of_llama_cpp() {
+    for path in models("published_vectors_of_llama_cpp") {
+        let beside = |suffix: &str| std::fs::read_to_string(format!("{}{suffix}", path.display()));
+        let (Ok(inputs), Ok(outputs)) = (beside(".inp"), beside(".out")) else {
+            continue;
+        };
+        let Some(tokenizer) = open(&path) else { continue };
+        let texts: Vec<&str> = inputs.split("\n__ggml_vocab_test__\n").collect();
+        let expected: Vec<Vec<u32>> = outputs
+            .lines()
+            .map(|line| line.split_whitespace().map(|id| id.parse().unwrap()).collect())
+            .collect();
+        let mut wrong = 0;
+        for (text, ids) in texts.iter().zip(&expected) {
+            let got = tokenizer.encode(text, false).unwrap();
+            if got != *ids {
+                wrong += 1;
+                println!(
+                    "  {}: {text:?}\n    expected {ids:?}\n    got      {got:?}",
+                    path.display()
+                );
+            }
+        }
+        println!(
+            "  {}: {} of {} texts agree",
+            path.display(),
+            expected.len() - wrong,
+            expected.len()
+        );
+        if wrong > 0 {
+            println!("WRONG")
+        }
+    }
+}
