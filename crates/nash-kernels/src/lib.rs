@@ -1,1 +1,30 @@
 //! Packed and dense CPU kernels: one layout, every width, run-time CPU detection.
+//!
+//! A weight matrix `W [m, n]` is stored in 2, 3, 4, 5, 6 or 8 bits per weight plus one 8-bit scale per
+//! row and [`GROUP`] columns (see [`PackedRef`] for the layout) and is multiplied straight from that
+//! form: no float copy of it ever exists.
+//!
+//! * [`pack`], [`unpack`], [`dequantize_row`]: between codes and the packed stream;
+//! * [`Activations`]: inputs `x [T, n]` as int8 with a scale per token and group;
+//! * [`matmul`]: `y [T, m] = x Wᵀ`, **bit-identical for every thread count and every [`Isa`]**;
+//! * [`dense`]: float matrix products with results independent of the thread count;
+//! * [`pool`]: the threads behind both.
+//!
+//! Shapes: `T` tokens, `m` rows (outputs), `n` columns (inputs); all matrices row-major.
+//!
+//! This is the only crate of the workspace that contains `unsafe` arithmetic code. It knows nothing of
+//! models or files.
+
+mod activations;
+mod codec;
+pub mod dense;
+mod isa;
+mod layout;
+mod matmul;
+pub mod pool;
+
+pub use activations::Activations;
+pub use codec::{Unpacked, dequantize_row, pack, unpack};
+pub use isa::{Isa, IsaError};
+pub use layout::{GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS, Width};
+pub use matmul::{matmul, matmul_with};

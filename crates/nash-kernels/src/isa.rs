@@ -1,0 +1,144 @@
+//! Which instruction set the packed kernels use: detected once, or forced by an environment variable.
+
+use std::sync::OnceLock;
+
+use thiserror::Error;
+
+/// Name of the environment variable that forces an instruction set.
+const VARIABLE: &str = "NASHSWARM_ISA";
+
+/// An instruction set that [`matmul`](crate::matmul) has kernels for. All give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Plain Rust, on every machine.
+    Portable,
+    /// x86-64 with AVX2.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL, VBMI and VNNI (Intel since Ice Lake, AMD since Zen 4).
+    Avx512,
+}
+
+/// Why the instruction set asked for by `NASHSWARM_ISA` cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum IsaError {
+    /// The name is not one of the known ones.
+    #[error("NASHSWARM_ISA={name} is unknown; use portable, avx2 or avx512")]
+    Unknown {
+        /// The value found.
+        name: String,
+    },
+    /// This CPU does not have it.
+    #[error("NASHSWARM_ISA={isa} cannot be used: this CPU lacks it", isa = isa.name())]
+    Unavailable {
+        /// The instruction set asked for.
+        isa: Isa,
+    },
+}
+
+impl Isa {
+    /// All instruction sets, best last.
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+
+    /// The name that `NASHSWARM_ISA` knows it by.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this CPU has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => std::arch::is_x86_feature_detected!("avx2"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                std::arch::is_x86_feature_detected!("avx512f")
+                    && std::arch::is_x86_feature_detected!("avx512bw")
+                    && std::arch::is_x86_feature_detected!("avx512vl")
+                    && std::arch::is_x86_feature_detected!("avx512vbmi")
+                    && std::arch::is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => false,
+        }
+    }
+
+    /// The instruction sets of this CPU, best last; never empty.
+    pub fn available() -> Vec<Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// The best instruction set of this CPU.
+    pub fn best() -> Isa {
+        Isa::ALL
+            .into_iter()
+            .rev()
+            .find(|isa| isa.is_available())
+            .unwrap_or(Isa::Portable)
+    }
+
+    /// The instruction set in use: that of `NASHSWARM_ISA` if set and possible, else [`best`](Self::best).
+    /// Decided at the first call. A program that wants to refuse a bad variable asks
+    /// [`from_env`](Self::from_env) first.
+    pub fn active() -> Isa {
+        static ACTIVE: OnceLock<Isa> = OnceLock::new();
+        *ACTIVE.get_or_init(|| Isa::from_env().ok().flatten().unwrap_or_else(Isa::best))
+    }
+
+    /// The instruction set that `NASHSWARM_ISA` asks for; `None` if it is not set or empty.
+    ///
+    /// # Errors
+    /// [`IsaError`] if the name is unknown or this CPU lacks the instruction set.
+    pub fn from_env() -> Result<Option<Isa>, IsaError> {
+        match std::env::var_os(VARIABLE) {
+            None => Ok(None),
+            Some(value) => Isa::from_name(&value.to_string_lossy()),
+        }
+    }
+
+    fn from_name(name: &str) -> Result<Option<Isa>, IsaError> {
+        if name.is_empty() {
+            return Ok(None);
+        }
+        let known = Isa::ALL
+            .into_iter()
+            .find(|isa| isa.name().eq_ignore_ascii_case(name));
+        let isa = known.ok_or_else(|| IsaError::Unknown {
+            name: name.to_owned(),
+        })?;
+        if isa.is_available() {
+            Ok(Some(isa))
+        } else {
+            Err(IsaError::Unavailable { isa })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for isa in Isa::available() {
+            assert_eq!(Isa::from_name(isa.name()), Ok(Some(isa)));
+        }
+        assert_eq!(Isa::from_name(""), Ok(None));
+        assert_eq!(
+            Isa::from_name("AVX9"),
+            Err(IsaError::Unknown { name: "AVX9".into() })
+        );
+    }
+
+    #[test]
+    fn the_best_is_the_last_available() {
+        assert_eq!(Isa::available().last(), Some(&Isa::best()));
+        assert!(Isa::active().is_available());
+    }
+}

@@ -1,0 +1,263 @@
+//! `y [T, m] = x [T, n] · Wᵀ` for packed `W [m, n]` and quantized `x`.
+//!
+//! # What is computed, to the bit
+//!
+//! For row `r`, token `t` and group `g`, lane `l` of four takes the columns `16q + 4l + i` of the group
+//! (`q`, `i` in 0..4) and adds up `S[g][l] = Σ codebook[code] · a` exactly in 32 bits
+//! (`|S| ≤ 16·128·127 < 2²⁴`, so the conversion to f32 is exact too). Then, in f32 and in this order,
+//!
+//! ```text
+//! lane[l] = 0;  for g ascending:  lane[l] += f32(S[g][l]) · (f32(scale_code[r, g]) · scale[t, g])
+//! y[t, r] = row_scale[r] · ((lane[0] + lane[1]) + (lane[2] + lane[3]))
+//! ```
+//!
+//! with every operation rounded (no fused multiply-add). All kernels do exactly this, so results are the
+//! same for every instruction set, thread count and number of tokens at a time. Only *which* NaN comes out
+//! of NaN inputs is left open.
+//!
+//! Against real arithmetic on the same quantized inputs the error is at most `(groups + 5) · 2⁻²⁴` times
+//! the sum of the magnitudes of all terms, to first order: each term is rounded twice before and at most
+//! `groups` times in its lane's sum, then twice over lanes and once by the row scale.
+//!
+//! # How
+//!
+//! One token ([`Kernel::one`]): weights are read once, straight into registers, the rows of a tile side by
+//! side. More tokens ([`Kernel::many`]): a panel of groups is decoded into a buffer in the first-level
+//! cache and used for up to [`TOKEN_CHUNK`] tokens, [`TOKEN_BLOCK`] at a time in registers. Threads share
+//! the work by tiles; every output is computed by one thread.
+#![expect(
+    unsafe_code,
+    reason = "kernels of instruction sets, and outputs shared out to threads by tiles"
+)]
+
+mod portable;
+#[cfg(test)]
+mod tests;
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::Isa;
+use crate::activations::{ActivationGroup, Activations, TOKEN_BLOCK};
+use crate::layout::{GROUP, PackedRef, PackedShape, TILE_ROWS};
+use crate::pool::{self, Pool};
+
+/// Tokens that one decoded panel is used for. 64 tokens of 8192 columns are 768 KiB: second-level cache.
+const TOKEN_CHUNK: usize = 64;
+/// Groups decoded at a time; the panels of two tiles are 8 KiB of the first-level cache.
+const PANEL: usize = 16;
+/// Tiles whose panels are used together, at most.
+const TILES: usize = 2;
+/// Bytes of stream that one task works on for one token: enough to make the start of a task cheap,
+/// little enough to share out a small matrix.
+const TASK_BYTES: usize = 24 << 10;
+/// Weights of a record: four rows of a group.
+const TILE_WEIGHTS: usize = TILE_ROWS * GROUP;
+
+/// `y [T, m] = x [T, n] · Wᵀ`, with the kernels of [`Isa::active`]. The [crate] tells what is exact about it;
+/// no memory is allocated.
+///
+/// # Panics
+/// If `x` has another number of columns than `w`, or `y` has not `T · m` elements.
+pub fn matmul(w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
+    multiply_on(pool::global(), Isa::active(), w, x, y);
+}
+
+/// As [`matmul`] with a given instruction set; for tests and measurements.
+///
+/// # Panics
+/// As [`matmul`], and if this CPU lacks the instruction set.
+pub fn matmul_with(isa: Isa, w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
+    multiply_on(pool::global(), isa, w, x, y);
+}
+
+fn multiply_on(pool: &Pool, isa: Isa, w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
+    let (shape, tokens) = (w.shape(), x.tokens());
+    assert_eq!(x.cols(), shape.cols, "columns of the activations");
+    assert_eq!(
+        Some(y.len()),
+        tokens.checked_mul(shape.rows),
+        "outputs [tokens, rows]"
+    );
+    if y.is_empty() {
+        return;
+    }
+    let kernel = Kernel::of(isa);
+    let job = Job {
+        w,
+        x,
+        table: w.table(),
+        y: y.as_mut_ptr(),
+        _y: PhantomData,
+    };
+    let per_task = tiles_per_task(shape, tokens, pool.threads());
+    pool.run(shape.tiles().div_ceil(per_task), &|task| {
+        let tiles = task * per_task..shape.tiles().min((task + 1) * per_task);
+        // SAFETY: `Kernel::of` found the instruction set on this CPU. Tasks have disjoint tiles.
+        unsafe {
+            if tokens == 1 {
+                (kernel.one)(&job, tiles)
+            } else {
+                many(&kernel, &job, tiles)
+            }
+        }
+    });
+}
+
+/// Tiles that one task works on; has no influence on results.
+fn tiles_per_task(shape: PackedShape, tokens: usize, threads: usize) -> usize {
+    let tile_bytes = shape.groups() * shape.record_bytes();
+    let cheap = TASK_BYTES.div_ceil(tokens * tile_bytes.max(1));
+    let balanced = shape.tiles() / (threads * 16);
+    cheap.max(balanced).next_multiple_of(TILES)
+}
+
+/// One matrix product.
+struct Job<'a> {
+    w: PackedRef<'a>,
+    x: &'a Activations,
+    /// Value of each code, repeated to 64 entries.
+    table: [i8; 64],
+    /// Outputs `[tokens, rows]`.
+    y: *mut f32,
+    _y: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `w` and `x` are shared references to plain data; `y` is written only by `store`, whose contract
+// makes the writes of different threads disjoint.
+unsafe impl Sync for Job<'_> {}
+
+impl Job<'_> {
+    /// The record of a tile and group.
+    fn record(&self, tile: usize, group: usize) -> &[u8] {
+        let (shape, bytes) = (self.w.shape(), self.w.shape().record_bytes());
+        &self.w.stream()[(tile * shape.groups() + group) * bytes..][..bytes]
+    }
+
+    /// Finishes the rows of a tile for one token: adds up the lanes (`[row][lane]`), applies the row scales
+    /// and writes the rows that exist.
+    ///
+    /// # Safety
+    /// `tile` and `token` are in range, and no other thread stores the same tile.
+    unsafe fn store(&self, tile: usize, token: usize, row_scales: [f32; TILE_ROWS], lanes: &[f32; 16]) {
+        let rows = self.w.shape().rows;
+        debug_assert!(tile < self.w.shape().tiles() && token < self.x.tokens());
+        let first = tile * TILE_ROWS;
+        for (r, (row_scale, lane)) in row_scales.iter().zip(lanes.as_chunks::<4>().0).enumerate() {
+            if first + r < rows {
+                let sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+                // SAFETY: `token < tokens` and `first + r < rows`, so this is inside the `tokens · rows`
+                // outputs, which `_y` borrows exclusively; tiles of other threads have other rows.
+                unsafe { self.y.add(token * rows + first + r).write(row_scale * sum) }
+            }
+        }
+    }
+}
+
+/// Some groups of one tile, decoded.
+#[repr(C, align(64))]
+struct Panel {
+    /// Values in the order of the stream (`[block][row][16]`), as `i8` or as `value + 128`: the kernel's choice.
+    weights: [[u8; TILE_WEIGHTS]; PANEL],
+    /// Scale code of each row.
+    scales: [[f32; TILE_ROWS]; PANEL],
+}
+
+impl Panel {
+    const ZERO: Panel = Panel {
+        weights: [[0; TILE_WEIGHTS]; PANEL],
+        scales: [[0.0; TILE_ROWS]; PANEL],
+    };
+}
+
+/// Sums of one tile for the tokens of a chunk: `[row][lane]` for each token.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Lanes([[f32; 16]; TOKEN_CHUNK]);
+
+/// Some groups of up to eight tokens: group `g` of token `t` is `groups[g · stride + t]`.
+struct TokenBlock<'a> {
+    groups: &'a [ActivationGroup],
+    stride: usize,
+}
+
+/// The kernels of one instruction set.
+///
+/// # Safety
+/// Each function is `unsafe` because it needs the instruction set; nothing else is asked for but what is said
+/// here.
+struct Kernel {
+    /// Computes and stores the rows of some tiles for the only token. No other thread stores these tiles.
+    one: unsafe fn(&Job<'_>, Range<usize>),
+    /// Decodes the given groups (at most [`PANEL`]) of a tile.
+    decode: unsafe fn(&Job<'_>, usize, Range<usize>, &mut Panel),
+    /// Adds the products of the first groups of each panel (1 to `tiles`) with a block of tokens to their lanes:
+    /// `lanes[tile].0[first + t]`, where `first` is the second of the two numbers; the first one is that of groups.
+    multiply: unsafe fn(&[Panel], &TokenBlock<'_>, (usize, usize), &mut [Lanes]),
+    /// Panels that `multiply` takes at most.
+    tiles: usize,
+}
+
+impl Kernel {
+    fn of(isa: Isa) -> Kernel {
+        assert!(isa.is_available(), "this CPU lacks {}", isa.name());
+        match isa {
+            _ => portable::KERNEL,
+        }
+    }
+}
+
+/// Computes and stores the rows of some tiles for all tokens.
+///
+/// # Safety
+/// The CPU has the kernel's instruction set, `tiles` are in range, and no other thread stores them.
+unsafe fn many(kernel: &Kernel, job: &Job<'_>, tiles: Range<usize>) {
+    let mut panels = [const { Panel::ZERO }; TILES];
+    for first_token in (0..job.x.tokens()).step_by(TOKEN_CHUNK) {
+        let tokens = first_token..job.x.tokens().min(first_token + TOKEN_CHUNK);
+        for first in tiles.clone().step_by(kernel.tiles) {
+            let tiles = first..tiles.end.min(first + kernel.tiles);
+            // SAFETY: passed on.
+            unsafe { many_of(kernel, job, (tiles, tokens.clone()), &mut panels) }
+        }
+    }
+}
+
+/// [`many`] for at most `kernel.tiles` tiles and [`TOKEN_CHUNK`] tokens.
+///
+/// # Safety
+/// As [`many`].
+unsafe fn many_of(
+    kernel: &Kernel,
+    job: &Job<'_>,
+    (tiles, tokens): (Range<usize>, Range<usize>),
+    panels: &mut [Panel; TILES],
+) {
+    let groups = job.w.shape().groups();
+    let panels = &mut panels[..tiles.len()];
+    let mut lanes = [Lanes([[0.0; 16]; TOKEN_CHUNK]); TILES];
+    for first in (0..groups).step_by(PANEL) {
+        let range = first..groups.min(first + PANEL);
+        for (panel, tile) in panels.iter_mut().zip(tiles.clone()) {
+            // SAFETY: the caller vouches for the instruction set.
+            unsafe { (kernel.decode)(job, tile, range.clone(), panel) }
+        }
+        for token in tokens.clone().step_by(TOKEN_BLOCK) {
+            let (block, stride) = job.x.block(token);
+            let block = TokenBlock {
+                groups: &block[range.start * stride..range.end * stride],
+                stride,
+            };
+            let counts = (range.len(), token - tokens.start);
+            // SAFETY: the caller vouches for the instruction set.
+            unsafe { (kernel.multiply)(panels, &block, counts, &mut lanes) }
+        }
+    }
+    for (tile, lanes) in tiles.zip(&lanes) {
+        let row_scales = job.w.tile_row_scales(tile);
+        for (token, lanes) in tokens.clone().zip(&lanes.0) {
+            // SAFETY: both are in range, and the caller vouches that the tile is this thread's.
+            unsafe { job.store(tile, token, row_scales, lanes) }
+        }
+    }
+}
