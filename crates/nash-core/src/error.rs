@@ -7,6 +7,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nash_kernels::LayoutError;
+
 use crate::DType;
 
 /// The result of everything in this crate that can fail.
@@ -255,6 +257,9 @@ pub enum ErrorKind {
         /// Its value.
         value: f32,
     },
+    /// The parts of a packed matrix contradict its shape.
+    #[error("{0}")]
+    Layout(LayoutError),
     /// The bytes are not the ones the checksum was made of.
     #[error("sha256 is {found}, expected {expected}")]
     Checksum {
@@ -391,8 +396,9 @@ impl fmt::Debug for CoreError {
 
 impl std::error::Error for CoreError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        // The message holds that of the cause; what follows is the cause of the cause.
         match &self.0.kind {
-            ErrorKind::Io { source, .. } => Some(source),
+            ErrorKind::Io { source, .. } => source.source(),
             _ => None,
         }
     }

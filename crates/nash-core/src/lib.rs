@@ -10,6 +10,8 @@ pub mod gguf;
 pub mod gguf_write;
 pub mod hash;
 pub mod hf;
+pub mod packed;
+pub mod packed_write;
 pub mod safetensors;
 
 mod dequant;
@@ -23,6 +25,7 @@ pub use error::{CoreError, ErrorKind, Result};
 pub use gguf::Gguf;
 pub use hf::HfFolder;
 pub use model_file::ModelFile;
+pub use packed::{PackedFolder, PackedTensor};
 pub use region::Region;
 pub use safetensors::Safetensors;
 pub use tensor::Tensor;

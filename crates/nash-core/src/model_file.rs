@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::error::{CoreError, ErrorKind, Result};
 use crate::hf::{self, CONFIG_FILE};
-use crate::{Gguf, HfFolder, Tensor};
+use crate::{Gguf, HfFolder, PackedFolder, Tensor};
 
 /// An open model; cheap to clone.
 #[derive(Clone, Debug)]
@@ -14,6 +14,8 @@ pub enum ModelFile {
     Gguf(Gguf),
     /// A Hugging Face folder.
     Hf(HfFolder),
+    /// A packed model folder.
+    Packed(PackedFolder),
 }
 
 impl ModelFile {
@@ -62,6 +64,9 @@ impl ModelFile {
     }
 
     fn open_folder(dir: &Path) -> Result<Self> {
+        if PackedFolder::is_packed(&hf::read_config(dir)?) {
+            return PackedFolder::open(dir).map(Self::Packed);
+        }
         HfFolder::open(dir).map(Self::Hf)
     }
 
@@ -70,6 +75,7 @@ impl ModelFile {
         match self {
             Self::Gguf(gguf) => gguf.path(),
             Self::Hf(folder) => Some(folder.dir()),
+            Self::Packed(folder) => folder.dir(),
         }
     }
 
@@ -78,14 +84,16 @@ impl ModelFile {
         match self {
             Self::Gguf(gguf) => gguf.file_bytes(),
             Self::Hf(folder) => folder.file_bytes(),
+            Self::Packed(folder) => folder.file_bytes(),
         }
     }
 
-    /// The names of all tensors, as the file has them.
+    /// The names of all float tensors, as the file has them (packed ones: [`PackedFolder::packed_tensors`]).
     pub fn names(&self) -> Vec<&str> {
         match self {
             Self::Gguf(gguf) => gguf.names().collect(),
             Self::Hf(folder) => folder.names().collect(),
+            Self::Packed(folder) => folder.names().collect(),
         }
     }
 
@@ -97,6 +105,7 @@ impl ModelFile {
         match self {
             Self::Gguf(gguf) => gguf.tensor(name),
             Self::Hf(folder) => folder.tensor(name),
+            Self::Packed(folder) => folder.tensor(name),
         }
     }
 
@@ -105,6 +114,7 @@ impl ModelFile {
         match self {
             Self::Gguf(gguf) => gguf.find(name),
             Self::Hf(folder) => folder.find(name),
+            Self::Packed(folder) => folder.find(name),
         }
     }
 }

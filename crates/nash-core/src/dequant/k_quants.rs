@@ -2,7 +2,9 @@
 //!
 //! 2-bit fields of a byte belong to elements 32 apart: byte `l` of a run of 32 holds elements `l, l+32, l+64, l+96`.
 
-use super::f16_at;
+use std::array;
+
+use super::{bytes_at, f16_at};
 
 /// `scales: [(u4 scale, u4 min); 16], codes: [u2; 256], d: f16, dmin: f16`, value `d·scale·code − dmin·min`.
 #[inline(always)]
@@ -57,16 +59,19 @@ fn scale_min(packed: &[u8], i: usize) -> (f32, f32) {
 #[inline(always)]
 pub(super) fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
-    let packed = &block[4..16];
-    let codes = block[16..].as_chunks::<32>().0;
-    for (i, (out, codes)) in out.as_chunks_mut::<64>().0.iter_mut().zip(codes).enumerate() {
+    let packed: [u8; 12] = bytes_at(block, 4);
+    for (i, out) in out.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+        let codes: [u8; 32] = bytes_at(block, 16 + 32 * i);
         let (low, high) = out.split_at_mut(32);
-        let (scale0, min0) = scale_min(packed, 2 * i);
-        let (scale1, min1) = scale_min(packed, 2 * i + 1);
-        let (d0, m0, d1, m1) = (d * scale0, dmin * min0, d * scale1, dmin * min1);
-        for (j, code) in codes.iter().enumerate() {
-            low[j] = d0 * f32::from(code & 15) - m0;
-            high[j] = d1 * f32::from(code >> 4) - m1;
+        let (scale, min) = scale_min(&packed, 2 * i);
+        let (d0, m0) = (d * scale, dmin * min);
+        for j in 0..32 {
+            low[j] = d0 * f32::from(codes[j] & 15) - m0;
+        }
+        let (scale, min) = scale_min(&packed, 2 * i + 1);
+        let (d1, m1) = (d * scale, dmin * min);
+        for j in 0..32 {
+            high[j] = d1 * f32::from(codes[j] >> 4) - m1;
         }
     }
 }
@@ -95,16 +100,27 @@ pub(super) fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
 /// In each half of 128, nibble byte `l` of 64 holds elements `l` and `l + 64`.
 #[inline(always)]
 pub(super) fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
-    let d = f16_at(block, 208);
-    for (i, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let d = d * f32::from(block[192 + i] as i8);
-        let (half, quarter, run) = (i / 8, i % 8 / 2, i % 2);
-        let nibbles = &block[64 * half + 32 * (quarter % 2) + 16 * run..][..16];
-        let bits = &block[128 + 32 * half + 16 * run..][..16];
-        for ((value, nibbles), bits) in out.iter_mut().zip(nibbles).zip(bits) {
-            let code = (nibbles >> (4 * (quarter / 2))) & 15 | ((bits >> (2 * quarter)) & 3) << 4;
-            *value = d * (i32::from(code) - 32) as f32;
+    let mut codes = [0u8; 256];
+    for (half, codes) in codes.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+        let nibbles: [u8; 64] = bytes_at(block, 64 * half);
+        let bits: [u8; 32] = bytes_at(block, 128 + 32 * half);
+        for l in 0..32 {
+            codes[l] = nibbles[l] & 15 | (bits[l] & 3) << 4;
+            codes[l + 32] = nibbles[l + 32] & 15 | (bits[l] >> 2 & 3) << 4;
+            codes[l + 64] = nibbles[l] >> 4 | (bits[l] >> 4 & 3) << 4;
+            codes[l + 96] = nibbles[l + 32] >> 4 | bits[l] >> 6 << 4;
         }
+    }
+    let d = f16_at(block, 208);
+    for (i, (out, codes)) in out
+        .as_chunks_mut::<16>()
+        .0
+        .iter_mut()
+        .zip(codes.as_chunks::<16>().0)
+        .enumerate()
+    {
+        let d = d * f32::from(block[192 + i] as i8);
+        *out = array::from_fn(|j| d * (i32::from(codes[j]) - 32) as f32);
     }
 }
 

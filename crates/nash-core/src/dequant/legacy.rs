@@ -4,6 +4,8 @@
 //! 4-bit codes come in 16 bytes: the low nibbles are elements 0..16, the high ones 16..32. Fifth bits, where there are
 //! any, are a `u32` with bit `j` for element `j`.
 
+use std::array;
+
 use super::{f16_at, f16_to_f32, u16_at, u32_at};
 
 /// `d: f16, codes: [u4; 32]`, value `d·(code − 8)`.
@@ -62,18 +64,14 @@ pub(super) fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
 #[inline(always)]
 pub(super) fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     let d = f16_at(block, 0);
-    for (value, &code) in out.iter_mut().zip(&block[2..]) {
-        *value = f32::from(code as i8) * d;
-    }
+    *out = array::from_fn(|j| f32::from(block[2 + j] as i8) * d);
 }
 
 /// `d: f16, d·Σ codes: f16, codes: [i8; 32]`, value `d·code`.
 #[inline(always)]
 pub(super) fn q8_1(block: &[u8; 36], out: &mut [f32; 32]) {
     let d = f16_at(block, 0);
-    for (value, &code) in out.iter_mut().zip(&block[4..]) {
-        *value = f32::from(code as i8) * d;
-    }
+    *out = array::from_fn(|j| f32::from(block[4 + j] as i8) * d);
 }
 
 /// Sixteen codes' values.

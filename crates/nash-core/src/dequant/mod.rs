@@ -106,6 +106,14 @@ fn blocks<const B: usize, const N: usize>(
     }
 }
 
+/// `N` bytes from byte `at`.
+#[inline(always)]
+fn bytes_at<const B: usize, const N: usize>(block: &[u8; B], at: usize) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes.copy_from_slice(&block[at..at + N]);
+    bytes
+}
+
 /// The little-endian `u16` at byte `at`.
 #[inline(always)]
 fn u16_at<const B: usize>(block: &[u8; B], at: usize) -> u16 {
