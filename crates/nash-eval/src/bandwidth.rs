@@ -7,7 +7,7 @@ use rayon::prelude::*;
 /// Bytes read; far beyond any last-level cache.
 const BYTES: usize = 512 << 20;
 
-/// Bytes per second of plain reads with the threads of the current rayon pool, the best of `repeats` passes over 512 MB.
+/// Bytes per second of plain reads with the threads of [`nash_kernels::pool`] (rayon's are as many), the best of `repeats` passes over 512 MB.
 ///
 /// The best, not the median: it is used as a ceiling.
 pub fn read_bandwidth(repeats: usize) -> f64 {

@@ -49,6 +49,17 @@ pub struct ComparisonReport {
     pub top1_agreement_stderr: f64,
 }
 
+impl ComparisonReport {
+    /// The perplexity of the reference, as a report of its own.
+    pub fn reference(&self) -> PerplexityReport {
+        PerplexityReport {
+            perplexity: self.reference_perplexity,
+            perplexity_stderr: self.reference_perplexity_stderr,
+            ..self.perplexity.clone()
+        }
+    }
+}
+
 /// Honest sizes of a model file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SizeReport {

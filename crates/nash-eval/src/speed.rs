@@ -28,7 +28,7 @@ impl Default for SpeedOptions {
     }
 }
 
-/// Measures prefill and decode in the rayon pool it is called from.
+/// Measures prefill and decode with the threads of [`nash_kernels::pool`].
 ///
 /// Prefill and decode take turns, so that a slow moment of the machine falls on both. The tokens are pseudo-random and
 /// the same in every run. `tick` is called after each pass. `bytes_per_token` and `bandwidth_share` are left to the caller.
@@ -74,7 +74,7 @@ pub fn speed(
         decode_tokens_per_second: median(&mut decode_samples.clone()),
         prompt_tokens: prompt,
         generated_tokens: generate,
-        threads: rayon::current_num_threads(),
+        threads: nash_kernels::pool::threads(),
         prefill_samples,
         decode_samples,
         bytes_per_token: None,
