@@ -1,1 +1,28 @@
-//! Potential games: rounding, market, best response, flock graphs, equilibrium certificates.
+//! Potential games for compression, with checked equilibria. Knows nothing of language models.
+//!
+//! | module | the game or its part |
+//! | --- | --- |
+//! | [`grid`] | what a strategy is worth: scales, codebook, nearest value |
+//! | [`codebook`] | fitting codebooks and scales to weights (weighted Lloyd) |
+//! | [`rounding`] | weights choose codes, groups choose scales; best response to a Nash equilibrium |
+//! | [`leader`] | the leader–follower start (GPTQ / LDLQ order) |
+//! | [`market`] | tensors buy bits at a price that clears the byte budget |
+//! | [`certificate`] | regret of every player, computed without the solvers' code |
+//!
+//! Legend of shapes: weight `W [m, n]` row-major (m outputs, n inputs), Hessian `H [n, n]` symmetric,
+//! `G = ceil(n / 64)` scale groups per row.
+#![forbid(unsafe_code)]
+
+pub mod certificate;
+pub mod codebook;
+mod error;
+pub mod grid;
+pub mod leader;
+pub mod market;
+pub mod rounding;
+
+pub use certificate::{RoundingCertificate, certify_rounding};
+pub use error::GameError;
+pub use grid::{Grid, Levels};
+pub use market::{MarketOutcome, Player, clear_market};
+pub use rounding::{BestResponse, Problem, Trace};

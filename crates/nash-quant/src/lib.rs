@@ -1,1 +1,36 @@
-//! Compression of a model by games: calibration, rounding, allocation, packing, certificates.
+//! Compression of a language model by games.
+//!
+//! ```text
+//! source ─► calibrate ─► measure ─► allocate ─► solve ─► select ─► write
+//!           Hessians     loss       market for   rounding   true KL   packed folder
+//!           per site     curves     bits         game       decides   with certificates
+//! ```
+//!
+//! Every stage stores what it computed in a scratch folder ([`scratch`]), which makes a killed run resumable and lets several
+//! budgets share their calibration. The same input gives the same bytes for any number of threads.
+#![forbid(unsafe_code)]
+
+mod allocate;
+mod compress;
+mod error;
+mod hessian;
+mod options;
+mod plan;
+mod probe;
+mod progress;
+mod report;
+pub mod scratch;
+mod session;
+mod stored;
+mod tensor;
+mod verify;
+mod write;
+
+pub use allocate::{Curve, Inventory, LinearShape, Profile};
+pub use compress::compress;
+pub use error::QuantError;
+pub use options::{Budget, Calibration, CompressOptions, Method, Start};
+pub use plan::{Plan, plan};
+pub use progress::Progress;
+pub use report::{Report, TensorRow};
+pub use verify::{Verification, VerifyOptions, verify};

@@ -1,0 +1,220 @@
+//! The market for bits: tensors buy formats at a price that clears a byte budget.
+//!
+//! Player t chooses a format f with loss `a_t(f)` (nats of KL divergence) and size `bytes_t(f)`; at price λ its payoff is
+//! `−a_t(f) − λ·bytes_t(f)`. Without interactions the best responses at one price are a Nash equilibrium and the total size falls as
+//! λ rises, so λ is found by bisection (Everett 1963, generalised Lagrange multipliers). Integer sizes leave a remainder that the
+//! price cannot place; it is spent on the upgrades with the largest gain per byte that still fit.
+
+use crate::error::GameError;
+
+/// One player: its choices as (bytes, loss).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Player {
+    /// Size in bytes and loss of every format on offer.
+    pub choices: Vec<(u64, f64)>,
+}
+
+/// The cleared market.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct MarketOutcome {
+    /// Chosen format of every player, an index into its choices.
+    pub chosen: Vec<usize>,
+    /// The clearing price, loss per byte.
+    pub price: f64,
+    /// Total bytes bought.
+    pub bytes: u64,
+    /// Budget minus `bytes`.
+    pub unspent_bytes: u64,
+    /// Sum of the losses.
+    pub loss: f64,
+    /// Largest gain any player could make at the clearing price by another format that the unspent bytes allow. Zero at an equilibrium.
+    pub max_regret: f64,
+}
+
+/// Clears the market.
+///
+/// # Errors
+/// If a player has no choice or the smallest profile exceeds the budget.
+pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, GameError> {
+    if let Some(player) = players.iter().position(|p| p.choices.is_empty()) {
+        return Err(GameError::NoStrategies { player });
+    }
+    let smallest: u64 = players
+        .iter()
+        .map(|p| p.choices.iter().map(|c| c.0).min().unwrap_or(0))
+        .sum();
+    if smallest > budget {
+        return Err(GameError::BudgetTooSmall { budget, smallest });
+    }
+    // At price 0 everyone buys the best; raise the price until the total fits, then bisect.
+    let (mut low, mut high) = (0.0, f64::INFINITY);
+    let mut chosen = respond_all(players, 0.0);
+    if total(players, &chosen).0 > budget {
+        let mut price = 1e-12;
+        loop {
+            chosen = respond_all(players, price);
+            if total(players, &chosen).0 <= budget {
+                high = price;
+                break;
+            }
+            low = price;
+            price *= 4.0;
+        }
+        for _ in 0..200 {
+            let middle = 0.5 * (low + high);
+            if middle <= low || middle >= high {
+                break;
+            }
+            let candidate = respond_all(players, middle);
+            if total(players, &candidate).0 <= budget {
+                high = middle;
+                chosen = candidate;
+            } else {
+                low = middle;
+            }
+        }
+    }
+    spend_remainder(players, budget, &mut chosen);
+    let price = if high.is_finite() { high } else { 0.0 };
+    let (bytes, loss) = total(players, &chosen);
+    let mut outcome = MarketOutcome {
+        chosen,
+        price,
+        bytes,
+        unspent_bytes: budget - bytes,
+        loss,
+        max_regret: 0.0,
+    };
+    outcome.max_regret = max_regret(players, &outcome);
+    Ok(outcome)
+}
+
+/// The largest gain a player could make at the price of `outcome` without exceeding the budget; shares no code with the search for the price.
+pub fn max_regret(players: &[Player], outcome: &MarketOutcome) -> f64 {
+    let mut worst = 0.0f64;
+    for (player, &now) in players.iter().zip(&outcome.chosen) {
+        let (bytes, loss) = player.choices[now];
+        for &(other_bytes, other_loss) in &player.choices {
+            let affordable = other_bytes <= bytes + outcome.unspent_bytes;
+            // A player whom the remainder upgraded past its best response would sell back; bytes no one else can use cost it nothing.
+            let payment = if other_bytes > bytes {
+                outcome.price * (other_bytes - bytes) as f64
+            } else {
+                0.0
+            };
+            if affordable {
+                worst = worst.max(loss - other_loss - payment);
+            }
+        }
+    }
+    worst
+}
+
+/// Best response to a price: least loss + price · bytes; ties go to fewer bytes, then to the earlier choice.
+fn respond(player: &Player, price: f64) -> usize {
+    let cost = |&(bytes, loss): &(u64, f64)| loss + price * bytes as f64;
+    let mut best = 0;
+    for (i, choice) in player.choices.iter().enumerate().skip(1) {
+        let order = cost(choice)
+            .total_cmp(&cost(&player.choices[best]))
+            .then(choice.0.cmp(&player.choices[best].0));
+        if order.is_lt() {
+            best = i;
+        }
+    }
+    best
+}
+
+fn respond_all(players: &[Player], price: f64) -> Vec<usize> {
+    players.iter().map(|p| respond(p, price)).collect()
+}
+
+fn total(players: &[Player], chosen: &[usize]) -> (u64, f64) {
+    players
+        .iter()
+        .zip(chosen)
+        .fold((0, 0.0), |(bytes, loss), (p, &c)| {
+            (bytes + p.choices[c].0, loss + p.choices[c].1)
+        })
+}
+
+/// Buys, as long as one fits, the upgrade with the largest fall of loss per byte.
+fn spend_remainder(players: &[Player], budget: u64, chosen: &mut [usize]) {
+    loop {
+        let left = budget - total(players, chosen).0;
+        let mut best: Option<(f64, usize, usize)> = None;
+        for (t, player) in players.iter().enumerate() {
+            let (bytes, loss) = player.choices[chosen[t]];
+            for (f, &(other_bytes, other_loss)) in player.choices.iter().enumerate() {
+                let gain = loss - other_loss;
+                if gain > 0.0 && other_bytes <= bytes + left {
+                    let rate = gain / (other_bytes.saturating_sub(bytes).max(1)) as f64;
+                    if best.is_none_or(|b| rate > b.0) {
+                        best = Some((rate, t, f));
+                    }
+                }
+            }
+        }
+        let Some((_, t, f)) = best else { break };
+        chosen[t] = f;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn players() -> impl Strategy<Value = Vec<Player>> {
+        proptest::collection::vec(proptest::collection::vec((1u64..40, 0.0f64..10.0), 1..4), 1..6)
+            .prop_map(|p| p.into_iter().map(|choices| Player { choices }).collect())
+    }
+
+    /// Least loss over all profiles that fit.
+    fn exhaustive(players: &[Player], budget: u64) -> f64 {
+        match players.split_first() {
+            None => 0.0,
+            Some((first, rest)) => first
+                .choices
+                .iter()
+                .filter(|c| c.0 <= budget)
+                .map(|c| c.1 + exhaustive(rest, budget - c.0))
+                .fold(f64::INFINITY, f64::min),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn fits_the_budget_and_leaves_no_regret(players in players(), extra in 0u64..60) {
+            let smallest: u64 = players.iter().map(|p| p.choices.iter().map(|c| c.0).min().unwrap()).sum();
+            let budget = smallest + extra;
+            let outcome = clear_market(&players, budget).unwrap();
+            prop_assert!(outcome.bytes + outcome.unspent_bytes == budget);
+            prop_assert!(outcome.max_regret <= 1e-9, "{outcome:?}");
+            prop_assert!(outcome.loss + 1e-9 >= exhaustive(&players, budget));
+            // Weak duality (Everett 1963): no profile within the bytes bought at the price can be better by more than what the
+            // remainder is worth at that price.
+            prop_assert!(outcome.loss <= exhaustive(&players, budget) + outcome.price * budget as f64 + 1e-9);
+        }
+
+        #[test]
+        fn below_the_smallest_size_is_an_error(players in players()) {
+            let smallest: u64 = players.iter().map(|p| p.choices.iter().map(|c| c.0).min().unwrap()).sum();
+            let found = clear_market(&players, smallest - 1);
+            prop_assert_eq!(found, Err(GameError::BudgetTooSmall { budget: smallest - 1, smallest }));
+        }
+    }
+
+    #[test]
+    fn a_price_splits_players_by_their_need() {
+        let needy = Player {
+            choices: vec![(2, 8.0), (4, 1.0)],
+        };
+        let content = Player {
+            choices: vec![(2, 0.5), (4, 0.4)],
+        };
+        let outcome = clear_market(&[content, needy], 6).unwrap();
+        assert_eq!(outcome.chosen, [0, 1]);
+        assert_eq!(outcome.unspent_bytes, 0);
+    }
+}

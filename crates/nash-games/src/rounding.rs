@@ -1,0 +1,437 @@
+//! The rounding game: every weight is a player who picks a code, every scale group a player who picks a scale code.
+//!
+//! All players share one payoff, minus the potential `Φ = Σᵢ Δᵢ H Δᵢᵀ` with `Δ = Ŵ − W`: an identical-interest game
+//! (Monderer and Shapley 1996), so every improving move lowers Φ, and because the strategies are finite, play one at a time ends in
+//! a pure Nash equilibrium. With the residual `R = Δ H` the best response of weight `(i, j)` is the level nearest to
+//! `ŵᵢⱼ − Rᵢⱼ / Hⱼⱼ`; a scale's payoff is a parabola in its code and its best response the code nearest to the vertex.
+//!
+//! Rows are independent sub-games and run in parallel. Within a row, players move one after the other: inside a
+//! block of 64 columns the block's part of `R` is updated after every move, the rest of `R` once per block with one matrix product. Moving
+//! players simultaneously could cycle and is never done. Row chunks have a fixed size: results do not depend on the number of threads.
+
+use nash_kernels::dense::{MatMut, MatRef, gemm};
+use nash_kernels::{GROUP, SCALE_UNIT};
+use rayon::prelude::*;
+
+use crate::error::{GameError, check_len};
+use crate::grid::{Grid, Levels, MAX_LEVEL, inverse_or_zero};
+
+/// Rows of a chunk: its residual (`32 · n` floats) stays in the second-level cache.
+const ROWS_PER_CHUNK: usize = 32;
+/// A move by `d` must gain more than this share of `H·d²`: smaller gains are within the rounding noise of `f32`.
+pub(crate) const MIN_GAIN: f32 = 1e-3;
+/// The residual is recomputed from scratch after this many sweeps, so that rounding errors do not add up.
+const SWEEPS_PER_REFRESH: usize = 8;
+
+/// The fixed part of a rounding game.
+#[derive(Debug, Clone, Copy)]
+pub struct Problem<'a> {
+    /// `W [m, n]`, row-major.
+    pub weights: &'a [f32],
+    /// Number of inputs n.
+    pub cols: usize,
+    /// `H [n, n]`, symmetric, damped so that the diagonal is positive.
+    pub hessian: &'a [f32],
+}
+
+impl Problem<'_> {
+    /// Number of outputs m.
+    pub fn rows(&self) -> usize {
+        self.weights.len().checked_div(self.cols).unwrap_or(0)
+    }
+
+    /// Checks lengths.
+    ///
+    /// # Errors
+    /// If a buffer does not have the length its shape asks for.
+    pub fn check(&self, grid: &Grid, codes: &[u8]) -> Result<(), GameError> {
+        let (m, n) = (self.rows(), self.cols);
+        check_len("the weights", m * n, self.weights.len())?;
+        check_len("the Hessian", n * n, self.hessian.len())?;
+        check_len("the codes", m * n, codes.len())?;
+        check_len("the row scales", m, grid.row_scales.len())?;
+        check_len("the scale codes", m * Grid::groups(n), grid.scale_codes.len())
+    }
+
+    /// The reference energy `Σᵢ wᵢ H wᵢᵀ`, by which potentials are divided to give relative layer errors.
+    pub fn energy(&self) -> f64 {
+        self.quadratic(|_, w, out| out.copy_from_slice(w))
+    }
+
+    /// The potential `Φ = Σᵢ Δᵢ H Δᵢᵀ` of given codes.
+    pub fn potential(&self, grid: &Grid, codes: &[u8]) -> f64 {
+        let levels = Levels::new(&grid.codebook);
+        self.quadratic(|r, w, out| {
+            grid.dequantize_row(&levels, r, &codes[r * self.cols..][..self.cols], out);
+            out.iter_mut().zip(w).for_each(|(o, w)| *o -= w);
+        })
+    }
+
+    /// `Σᵢ vᵢ H vᵢᵀ` over rows written by `fill(row, weights of the row, v)`.
+    fn quadratic(&self, fill: impl Fn(usize, &[f32], &mut [f32]) + Sync) -> f64 {
+        let n = self.cols;
+        let chunks: Vec<f64> = self
+            .weights
+            .par_chunks(n * ROWS_PER_CHUNK)
+            .enumerate()
+            .map(|(chunk, w)| {
+                let rows = w.len() / n;
+                let (mut v, mut hv) = (vec![0.0; w.len()], vec![0.0; w.len()]);
+                for (r, (w, v)) in w.chunks(n).zip(v.chunks_mut(n)).enumerate() {
+                    fill(chunk * ROWS_PER_CHUNK + r, w, v);
+                }
+                let (a, h) = (
+                    MatRef::row_major(&v, rows, n),
+                    MatRef::row_major(self.hessian, n, n),
+                );
+                gemm(1.0, a, h, 0.0, MatMut::row_major(&mut hv, rows, n));
+                inner_product(&v, &hv)
+            })
+            .collect();
+        chunks.iter().sum()
+    }
+}
+
+/// How long to play.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BestResponse {
+    /// Sweeps over all players at most. Play ends earlier when a whole sweep brings no move.
+    pub max_sweeps: usize,
+    /// Whether scale groups are players too.
+    pub move_scales: bool,
+}
+
+/// What happened in a play.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Trace {
+    /// Φ before play and after every sweep. Never rises.
+    pub potential: Vec<f64>,
+    /// Moves of every sweep; 0 at the end says that play has settled.
+    pub moves: Vec<u64>,
+}
+
+impl Trace {
+    /// Whether the last sweep had no move.
+    pub fn settled(&self) -> bool {
+        self.moves.last() == Some(&0)
+    }
+
+    /// Adds the sweeps of a chunk; chunks that settled earlier keep their last potential.
+    fn merge(&mut self, other: &Trace) {
+        let sweeps = self.moves.len().max(other.moves.len());
+        let last = |t: &Trace| t.potential.last().copied().unwrap_or(0.0);
+        let (mine, theirs) = (last(self), last(other));
+        self.moves.resize(sweeps, 0);
+        self.potential.resize(sweeps + 1, mine);
+        for (i, p) in self.potential.iter_mut().enumerate() {
+            *p += other.potential.get(i).copied().unwrap_or(theirs);
+        }
+        for (m, o) in self.moves.iter_mut().zip(&other.moves) {
+            *m += o;
+        }
+    }
+}
+
+/// Plays best responses from `codes` and the scales of `grid` until no player moves or the sweeps are used up.
+///
+/// # Errors
+/// If the lengths do not agree.
+pub fn play(
+    problem: Problem<'_>,
+    grid: &mut Grid,
+    codes: &mut [u8],
+    rule: BestResponse,
+) -> Result<Trace, GameError> {
+    problem.check(grid, codes)?;
+    let (n, groups) = (problem.cols, Grid::groups(problem.cols));
+    let levels = Levels::new(&grid.codebook);
+    let traces: Vec<Trace> = codes
+        .par_chunks_mut(n * ROWS_PER_CHUNK)
+        .zip(grid.scale_codes.par_chunks_mut(groups * ROWS_PER_CHUNK))
+        .zip(grid.row_scales.par_chunks(ROWS_PER_CHUNK))
+        .zip(problem.weights.par_chunks(n * ROWS_PER_CHUNK))
+        .map(|(((codes, scale_codes), row_scales), weights)| {
+            let row_steps: Vec<f32> = row_scales.iter().map(|s| s.to_f32() * SCALE_UNIT).collect();
+            let mut chunk = Chunk::new(weights, problem.hessian, n, &levels, row_steps);
+            chunk.play(codes, scale_codes, rule)
+        })
+        .collect();
+    let mut trace = Trace::default();
+    for t in &traces {
+        trace.merge(t);
+    }
+    Ok(trace)
+}
+
+/// The state of play of a few rows.
+struct Chunk<'a> {
+    weights: &'a [f32],
+    hessian: &'a [f32],
+    n: usize,
+    levels: &'a Levels,
+    /// Value of one (scale code × codebook unit) per row.
+    row_steps: Vec<f32>,
+    /// Δ = Ŵ − W, `[rows, n]`.
+    delta: Vec<f32>,
+    /// R = Δ H, `[rows, n]`.
+    residual: Vec<f32>,
+    /// Change of Δ in the current block, `[rows, 64]`.
+    change: Vec<f32>,
+}
+
+impl<'a> Chunk<'a> {
+    fn new(
+        weights: &'a [f32],
+        hessian: &'a [f32],
+        n: usize,
+        levels: &'a Levels,
+        row_steps: Vec<f32>,
+    ) -> Self {
+        let rows = row_steps.len();
+        let zeros = || vec![0.0; weights.len()];
+        Self {
+            weights,
+            hessian,
+            n,
+            levels,
+            row_steps,
+            delta: zeros(),
+            residual: zeros(),
+            change: vec![0.0; rows * GROUP],
+        }
+    }
+
+    fn play(&mut self, codes: &mut [u8], scale_codes: &mut [i8], rule: BestResponse) -> Trace {
+        self.refresh(codes, scale_codes);
+        let mut trace = Trace {
+            potential: vec![inner_product(&self.delta, &self.residual)],
+            moves: Vec::new(),
+        };
+        // Rows that did not move in the last sweep are in equilibrium: rows do not influence each other.
+        let mut active: Vec<bool> = vec![true; self.row_steps.len()];
+        for sweep in 0..rule.max_sweeps {
+            if sweep > 0 && sweep % SWEEPS_PER_REFRESH == 0 {
+                self.refresh(codes, scale_codes);
+            }
+            let moves = self.sweep(codes, scale_codes, &mut active, rule.move_scales);
+            trace.moves.push(moves);
+            trace.potential.push(inner_product(&self.delta, &self.residual));
+            if moves == 0 {
+                break;
+            }
+        }
+        trace
+    }
+
+    /// Recomputes Δ and R from the codes.
+    fn refresh(&mut self, codes: &[u8], scale_codes: &[i8]) {
+        let (n, groups) = (self.n, Grid::groups(self.n));
+        for (r, &row_step) in self.row_steps.iter().enumerate() {
+            for c in 0..n {
+                let step = row_step * f32::from(scale_codes[r * groups + c / GROUP]);
+                self.delta[r * n + c] = step * self.levels.value(codes[r * n + c]) - self.weights[r * n + c];
+            }
+        }
+        let rows = self.row_steps.len();
+        let h = MatRef::row_major(self.hessian, n, n);
+        gemm(
+            1.0,
+            MatRef::row_major(&self.delta, rows, n),
+            h,
+            0.0,
+            MatMut::row_major(&mut self.residual, rows, n),
+        );
+    }
+
+    /// One sweep over all players of the active rows, block of columns by block. Returns the number of moves.
+    fn sweep(
+        &mut self,
+        codes: &mut [u8],
+        scale_codes: &mut [i8],
+        active: &mut [bool],
+        move_scales: bool,
+    ) -> u64 {
+        let (n, groups, rows) = (self.n, Grid::groups(self.n), self.row_steps.len());
+        let mut moves = vec![0u64; rows];
+        let mut block = Block {
+            h: [0.0; GROUP * GROUP],
+            len: 0,
+        };
+        for g in 0..groups {
+            let start = g * GROUP;
+            block.load(self.hessian, n, start);
+            let len = block.len;
+            self.change.fill(0.0);
+            let mut moved = false;
+            for r in 0..rows {
+                if !active[r] {
+                    continue;
+                }
+                let at = r * n + start;
+                let mut seat = Seat {
+                    weights: &self.weights[at..at + len],
+                    codes: &mut codes[at..at + len],
+                    scale_code: &mut scale_codes[r * groups + g],
+                    row_step: self.row_steps[r],
+                    delta: &mut self.delta[at..at + len],
+                    change: &mut self.change[r * GROUP..][..len],
+                };
+                let residual = &self.residual[at..at + len];
+                let count =
+                    pulp::Arch::new().dispatch(|| seat.respond(&block, residual, self.levels, move_scales));
+                moves[r] += count;
+                moved |= count > 0;
+            }
+            if moved {
+                self.propagate(start, len);
+            }
+        }
+        for (a, &m) in active.iter_mut().zip(&moves) {
+            *a = m > 0;
+        }
+        moves.iter().sum()
+    }
+
+    /// `R += change · H[block, :]`.
+    fn propagate(&mut self, start: usize, len: usize) {
+        let (n, rows) = (self.n, self.row_steps.len());
+        let change = MatRef::row_major(&self.change, rows, GROUP).cols_range(0..len);
+        let h = MatRef::row_major(&self.hessian[start * n..(start + len) * n], len, n);
+        gemm(
+            1.0,
+            change,
+            h,
+            1.0,
+            MatMut::row_major(&mut self.residual, rows, n),
+        );
+    }
+}
+
+/// The 64 × 64 block of H on the diagonal, contiguous, zero-padded.
+struct Block {
+    h: [f32; GROUP * GROUP],
+    len: usize,
+}
+
+impl Block {
+    fn load(&mut self, hessian: &[f32], n: usize, start: usize) {
+        self.len = GROUP.min(n - start);
+        self.h.fill(0.0);
+        for j in 0..self.len {
+            self.h[j * GROUP..][..self.len].copy_from_slice(&hessian[(start + j) * n + start..][..self.len]);
+        }
+    }
+
+    #[inline(always)]
+    fn row(&self, j: usize) -> &[f32; GROUP] {
+        // Always 64 long: constant lengths let the compiler unroll.
+        (&self.h[j * GROUP..(j + 1) * GROUP])
+            .try_into()
+            .unwrap_or(&[0.0; GROUP])
+    }
+}
+
+/// The players of one row and one block.
+struct Seat<'a> {
+    weights: &'a [f32],
+    codes: &'a mut [u8],
+    scale_code: &'a mut i8,
+    row_step: f32,
+    delta: &'a mut [f32],
+    change: &'a mut [f32],
+}
+
+impl Seat<'_> {
+    /// Every player of the block answers once, in order; then the scale. Returns the number of moves.
+    #[inline(always)]
+    fn respond(&mut self, block: &Block, residual: &[f32], levels: &Levels, move_scale: bool) -> u64 {
+        let step = self.row_step * f32::from(*self.scale_code);
+        if step <= 0.0 {
+            return 0;
+        }
+        let mut local = [0.0f32; GROUP];
+        local[..residual.len()].copy_from_slice(residual);
+        let inverse = inverse_or_zero(step);
+        let mut moves = 0;
+        for j in 0..self.weights.len() {
+            let hjj = block.h[j * GROUP + j];
+            let value = self.weights[j] + self.delta[j];
+            let code = levels.nearest((value - local[j] / hjj) * inverse);
+            if code == self.codes[j] {
+                continue;
+            }
+            let new_delta = step * levels.value(code) - self.weights[j];
+            let d = new_delta - self.delta[j];
+            let change_of_potential = d * (2.0 * local[j] + d * hjj);
+            if change_of_potential < -MIN_GAIN * hjj * d * d {
+                self.codes[j] = code;
+                self.delta[j] = new_delta;
+                self.change[j] += d;
+                add_scaled(&mut local, block.row(j), d);
+                moves += 1;
+            }
+        }
+        if move_scale {
+            moves += self.move_scale(block, &local, levels);
+        }
+        moves
+    }
+
+    /// Best response of the scale: the code nearest to the vertex of its parabola.
+    #[inline(always)]
+    fn move_scale(&mut self, block: &Block, local: &[f32; GROUP], levels: &Levels) -> u64 {
+        let mut v = [0.0f32; GROUP];
+        for (v, &c) in v.iter_mut().zip(self.codes.iter()) {
+            *v = self.row_step * levels.value(c);
+        }
+        let mut hv = [0.0f32; GROUP];
+        for (j, &v) in v.iter().enumerate().take(block.len) {
+            add_scaled(&mut hv, block.row(j), v);
+        }
+        let slope = 2.0 * sum_of_products(&v, local);
+        let curvature = sum_of_products(&v, &hv);
+        if curvature <= 0.0 {
+            return 0;
+        }
+        let old = f32::from(*self.scale_code);
+        let new = (old - 0.5 * slope / curvature).round().clamp(1.0, MAX_LEVEL);
+        let d = new - old;
+        if d == 0.0 || d * (slope + d * curvature) >= -MIN_GAIN * curvature * d * d {
+            return 0;
+        }
+        *self.scale_code = new as i8;
+        for (((w, v), delta), change) in self
+            .weights
+            .iter()
+            .zip(v)
+            .zip(&mut *self.delta)
+            .zip(&mut *self.change)
+        {
+            let new_delta = new * v - w;
+            *change += new_delta - *delta;
+            *delta = new_delta;
+        }
+        1
+    }
+}
+
+#[inline(always)]
+fn add_scaled(y: &mut [f32; GROUP], x: &[f32; GROUP], a: f32) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y += a * x;
+    }
+}
+
+#[inline(always)]
+fn sum_of_products(a: &[f32; GROUP], b: &[f32; GROUP]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        lanes[i % 16] += a * b;
+    }
+    lanes.iter().sum()
+}
+
+/// `Σ a·b` with sums of `f32` products in `f64`.
+fn inner_product(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}

@@ -1,0 +1,197 @@
+//! Properties of the rounding game: the potential never rises, play ends, nobody regrets, threads do not matter.
+
+use nash_games::codebook::{FitOptions, LevelKind, fit_grid};
+use nash_games::leader::Leadership;
+use nash_games::rounding::{BestResponse, Problem, play};
+use nash_games::{GameError, Grid, certify_rounding};
+use nash_kernels::Width;
+use proptest::prelude::*;
+use rand::{RngExt, SeedableRng};
+
+const TO_THE_END: BestResponse = BestResponse {
+    max_sweeps: 200,
+    move_scales: true,
+};
+
+/// Weights `[rows, cols]` and a Hessian of correlated inputs (a random walk over columns), damped by 5 %.
+fn instance(rows: usize, cols: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut rng = rand_pcg::Pcg64Mcg::seed_from_u64(seed);
+    let mut normal = || (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0;
+    let weights = (0..rows * cols).map(|_| normal() * 0.05).collect();
+    let mut hessian = vec![0.0f32; cols * cols];
+    for _ in 0..2 * cols {
+        let mut x = vec![0.0f32; cols];
+        let mut state = 0.0;
+        for v in &mut x {
+            state = 0.8 * state + normal();
+            *v = state;
+        }
+        for i in 0..cols {
+            for j in 0..cols {
+                hessian[i * cols + j] += x[i] * x[j] / (2 * cols) as f32;
+            }
+        }
+    }
+    let mean = (0..cols).map(|i| hessian[i * cols + i]).sum::<f32>() / cols as f32;
+    (0..cols).for_each(|i| hessian[i * cols + i] += 0.05 * mean);
+    (weights, hessian)
+}
+
+fn fitted(problem: Problem<'_>, bits: u8) -> Grid {
+    let n = problem.cols;
+    let h: Vec<f32> = (0..n).map(|i| problem.hessian[i * n + i]).collect();
+    let options = FitOptions {
+        width: Width::new(bits).unwrap(),
+        levels: LevelKind::Codebook,
+        rounds: 2,
+    };
+    fit_grid(problem.weights, n, &h, options).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn play_lowers_the_potential_and_ends_in_equilibrium(
+        rows in 1usize..40, cols in 1usize..150, bits in prop::sample::select(vec![2u8, 3, 4, 6, 8]), seed in any::<u64>()
+    ) {
+        let (weights, hessian) = instance(rows, cols, seed);
+        let problem = Problem { weights: &weights, cols, hessian: &hessian };
+        let mut grid = fitted(problem, bits);
+        let mut codes = grid.nearest_codes(&weights, cols);
+        let before = problem.potential(&grid, &codes);
+        let trace = play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
+        prop_assert!(trace.settled(), "{trace:?}");
+        // f32 residuals of up to 150 terms: relative rounding below 150 · 2⁻²³ per term, taken of the first potential.
+        let rounding = before * 150.0 * f64::from(f32::EPSILON);
+        for pair in trace.potential.windows(2) {
+            prop_assert!(pair[1] <= pair[0] + rounding, "{trace:?}");
+        }
+        let after = problem.potential(&grid, &codes);
+        prop_assert!((after - trace.potential.last().unwrap()).abs() <= rounding + 1e-4 * after);
+        let certificate = certify_rounding(problem, &grid, &codes, 1).unwrap();
+        prop_assert_eq!(certificate.unsettled, 0, "{:?}", certificate);
+        prop_assert!((certificate.potential - after).abs() <= 1e-3 * after + 1e-12);
+    }
+
+    #[test]
+    fn the_certificate_notices_a_player_that_could_gain(seed in any::<u64>(), victim in 0usize..20 * 96) {
+        let (weights, hessian) = instance(20, 96, seed);
+        let problem = Problem { weights: &weights, cols: 96, hessian: &hessian };
+        let mut grid = fitted(problem, 3);
+        let mut codes = grid.nearest_codes(&weights, 96);
+        play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
+        codes[victim] = if codes[victim] < 4 { 7 } else { 0 };
+        let certificate = certify_rounding(problem, &grid, &codes, 1).unwrap();
+        prop_assert!(certificate.unsettled > 0);
+        prop_assert!(certificate.max_regret > 0.0);
+    }
+}
+
+#[test]
+fn every_stage_beats_the_one_before() {
+    let (weights, hessian) = instance(64, 192, 5);
+    let problem = Problem {
+        weights: &weights,
+        cols: 192,
+        hessian: &hessian,
+    };
+    let mut grid = fitted(problem, 3);
+    let nearest = grid.nearest_codes(&weights, 192);
+    let error = |grid: &Grid, codes: &[u8]| problem.potential(grid, codes) / problem.energy();
+    let e_nearest = error(&grid, &nearest);
+    let leadership = Leadership::new(&hessian, 192).unwrap();
+    let mut led = leadership.round(problem, &grid).unwrap();
+    let e_led = error(&grid, &led);
+    let mut grid_led = grid.clone();
+    play(problem, &mut grid_led, &mut led, TO_THE_END).unwrap();
+    let e_led_played = error(&grid_led, &led);
+    let mut played = nearest;
+    play(problem, &mut grid, &mut played, TO_THE_END).unwrap();
+    let e_played = error(&grid, &played);
+    assert!(
+        e_played < e_nearest && e_led < e_nearest && e_led_played < e_led,
+        "{e_nearest} {e_led} {e_led_played} {e_played}"
+    );
+}
+
+#[test]
+fn sequential_rounding_with_a_diagonal_hessian_is_rounding_to_nearest() {
+    let (weights, _) = instance(8, 80, 9);
+    let mut hessian = vec![0.0; 80 * 80];
+    (0..80).for_each(|i| hessian[i * 80 + i] = 1.0 + i as f32);
+    let problem = Problem {
+        weights: &weights,
+        cols: 80,
+        hessian: &hessian,
+    };
+    let grid = fitted(problem, 4);
+    let led = Leadership::new(&hessian, 80)
+        .unwrap()
+        .round(problem, &grid)
+        .unwrap();
+    assert_eq!(led, grid.nearest_codes(&weights, 80));
+}
+
+#[test]
+fn an_indefinite_hessian_is_an_error() {
+    assert_eq!(
+        Leadership::new(&[1.0, 2.0, 2.0, 1.0], 2).unwrap_err(),
+        GameError::NotPositiveDefinite { size: 2 }
+    );
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let (weights, hessian) = instance(100, 200, 11);
+    let problem = Problem {
+        weights: &weights,
+        cols: 200,
+        hessian: &hessian,
+    };
+    let solve = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let mut grid = fitted(problem, 3);
+            let mut codes = grid.nearest_codes(&weights, 200);
+            let trace = play(
+                problem,
+                &mut grid,
+                &mut codes,
+                BestResponse {
+                    max_sweeps: 5,
+                    move_scales: true,
+                },
+            )
+            .unwrap();
+            (grid, codes, trace)
+        })
+    };
+    assert_eq!(solve(1), solve(3));
+}
+
+#[test]
+fn wrong_lengths_are_errors() {
+    let (weights, hessian) = instance(4, 64, 1);
+    let problem = Problem {
+        weights: &weights,
+        cols: 64,
+        hessian: &hessian,
+    };
+    let mut grid = fitted(problem, 2);
+    let short = Problem {
+        hessian: &hessian[..10],
+        ..problem
+    };
+    assert!(matches!(
+        play(short, &mut grid, &mut [0; 256], TO_THE_END),
+        Err(GameError::Length { .. })
+    ));
+    assert!(matches!(
+        play(problem, &mut grid, &mut [0; 255], TO_THE_END),
+        Err(GameError::Length { .. })
+    ));
+}

@@ -1,0 +1,263 @@
+//! The whole way from a source model to a packed folder.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use nash_core::ModelFile;
+use nash_core::hash::Hasher;
+use nash_kernels::{PackedMatrix, dequantize_row, matmul};
+use nash_models::{Input, Linear, LinearInfo, Model, Site};
+
+use crate::QuantError;
+use crate::allocate::{Inventory, Profile, fixed_widths, market, uniform};
+use crate::options::{Calibration, CompressOptions, Method};
+use crate::probe::Probe;
+use crate::progress::Progress;
+use crate::report::{Report, TensorRow, four_digits};
+use crate::scratch::Scratch;
+use crate::session::{Session, Solved};
+use crate::write;
+
+/// Tokens below which a calibration is refused.
+const LEAST_TOKENS: usize = 64;
+
+/// Compresses `source` to the folder `out`.
+///
+/// `save_tokenizer` writes the tokenizer's text files into a folder; they are not part of the counted size. The folder appears
+/// under its name only when it is complete.
+///
+/// # Errors
+/// On wrong input, an impossible budget, or a full disk; nothing is left under `out` then. After [`QuantError::Cancelled`] the same
+/// call with [`CompressOptions::resume`] continues.
+pub fn compress(
+    source: &ModelFile,
+    save_tokenizer: &dyn Fn(&Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
+    out: &Path,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<Report, QuantError> {
+    let start = Instant::now();
+    if out.exists() && !options.force {
+        return Err(QuantError::OutputExists { path: out.into() });
+    }
+    let (training, held_back) = split(options)?;
+    let options = &CompressOptions {
+        calibration: training,
+        ..options.clone()
+    };
+    let model = Model::load(source)?;
+    model.check_finite()?;
+    let inventory = Inventory::of(model.config());
+    let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
+    let budget = options.budget.bytes(inventory.weights());
+    let baseline = uniform(&inventory, &fixed, budget)?;
+    progress.stage("hash", model.linears().len() as u64);
+    let source_sha256 = source_hash(&model, progress);
+    let work_dir = options.work_dir.clone().unwrap_or_else(|| work_dir_of(out));
+    let scratch = open_scratch(&work_dir, options, &source_sha256)?;
+    let linears = model
+        .linears()
+        .into_iter()
+        .filter(|l| l.site != Site::Router)
+        .collect();
+    let mut session = Session {
+        model,
+        linears,
+        options,
+        scratch,
+        progress,
+    };
+    session.calibrate()?;
+    let mut profiles = vec![baseline];
+    if options.method == Method::Nash {
+        let curves = session.curves()?;
+        profiles.insert(0, market(&inventory, &fixed, &curves, budget)?);
+        // An allocation that is the same twice needs no contest.
+        if profiles[0].widths == profiles[1].widths {
+            profiles.pop();
+        }
+    }
+    let (profile, solved, candidates) = select(&session, source, profiles, &held_back)?;
+    let rows = rows(&session.linears, &profile, &solved);
+    let report = Report {
+        created_by: concat!("nashswarm ", env!("CARGO_PKG_VERSION")).into(),
+        source: source
+            .path()
+            .and_then(Path::file_name)
+            .map(|n| n.to_string_lossy().into())
+            .unwrap_or_default(),
+        source_sha256,
+        budget: options.budget,
+        budget_bytes: budget,
+        method: options.method,
+        start: options.start,
+        seed: options.seed,
+        damping: options.damping,
+        calibration: options.calibration.description.clone(),
+        calibration_tokens: options.calibration.windows.iter().map(|w| w.len() as u64).sum(),
+        weights: inventory.weights(),
+        file_bytes: 0,
+        file_bits_per_weight: 0.0,
+        linear_bits_per_weight: inventory.linear_bits_per_weight(&profile.widths),
+        profile: profile.name.into(),
+        candidates,
+        predicted_kl: profile.predicted_kl.map(four_digits),
+        price: profile.market.as_ref().map(|m| m.price),
+        unspent_bytes: 0,
+        max_regret: rows.iter().map(|r| r.regret).fold(0.0, f64::max),
+        unsettled: rows.iter().map(|r| r.unsettled).sum(),
+        rows,
+        compress_seconds: None,
+    };
+    let mut report = write::write(&session, &solved, report, save_tokenizer, out)?;
+    if options.work_dir.is_none() {
+        session.scratch.remove()?;
+    }
+    report.compress_seconds = Some(start.elapsed().as_secs_f64());
+    Ok(report)
+}
+
+/// Splits the last sixteenth of the windows off; they choose between candidate allocations and are seen by nothing else.
+fn split(options: &CompressOptions) -> Result<(Calibration, Vec<Vec<u32>>), QuantError> {
+    let mut training = options.calibration.clone();
+    let tokens: usize = training.windows.iter().map(Vec::len).sum();
+    if options.method == Method::RoundToNearest {
+        return Ok((training, Vec::new()));
+    }
+    if tokens < LEAST_TOKENS {
+        return Err(QuantError::CalibrationTooShort {
+            tokens,
+            least: LEAST_TOKENS,
+        });
+    }
+    let held = (training.windows.len() / 16)
+        .max(1)
+        .min(training.windows.len() - 1);
+    let held_back = training.windows.split_off(training.windows.len() - held);
+    Ok((training, held_back))
+}
+
+fn work_dir_of(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(".work");
+    out.with_file_name(name)
+}
+
+/// SHA-256 over the source's weight values, as `f32`, in the order of the forward pass.
+pub(crate) fn source_hash(model: &Model, progress: &dyn Progress) -> String {
+    let mut hasher = Hasher::new();
+    for info in model.linears() {
+        hasher.update(info.name.as_bytes());
+        if let Some(linear) = model.linear(&info.name) {
+            let mut row = vec![0.0f32; info.cols];
+            for r in 0..info.rows {
+                linear.row(r, &mut row);
+                hasher.update(bytemuck::cast_slice(&row));
+            }
+        }
+        progress.advance(1);
+    }
+    for (name, _, values) in model.float_tensors() {
+        hasher.update(name.as_bytes());
+        hasher.update(bytemuck::cast_slice(&values));
+    }
+    hasher.finish()
+}
+
+/// Opens the scratch folder for what determines its content: source, calibration, and the rounding options. The budget is not among them.
+fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<Scratch, QuantError> {
+    let mut text = Hasher::new();
+    for window in &options.calibration.windows {
+        text.update(&(window.len() as u64).to_le_bytes());
+        text.update(bytemuck::cast_slice(window));
+    }
+    let fingerprint = format!(
+        "{} source {source} calibration {} method {:?} start {:?} damping {} sweeps {} probe {}",
+        env!("CARGO_PKG_VERSION"),
+        text.finish(),
+        options.method,
+        options.start,
+        options.damping,
+        options.max_sweeps,
+        options.probe_tokens
+    );
+    if !options.resume && options.work_dir.is_none() && dir.exists() {
+        Scratch::open(dir, &fingerprint)?.remove()?;
+    }
+    Scratch::open(dir, &fingerprint)
+}
+
+/// Solves every candidate allocation and keeps the one with the lowest measured KL divergence on held-back text; ties go to the first.
+fn select(
+    session: &Session<'_>,
+    source: &ModelFile,
+    profiles: Vec<Profile>,
+    held_back: &[Vec<u32>],
+) -> Result<(Profile, Vec<Solved>, Vec<(String, f64)>), QuantError> {
+    let contest = !held_back.is_empty() && session.options.method == Method::Nash;
+    let probe = if contest {
+        Some(Probe::new(&session.model, held_back)?)
+    } else {
+        None
+    };
+    let mut measured = Vec::new();
+    let mut best: Option<(f64, Profile, Vec<Solved>)> = None;
+    for profile in profiles {
+        session.progress.stage("solve", session.linears.len() as u64);
+        let mut solved = Vec::with_capacity(session.linears.len());
+        for (info, &width) in session.linears.iter().zip(&profile.widths) {
+            solved.push(session.solve(info, width)?);
+            session.progress.advance(1);
+        }
+        let kl = match &probe {
+            Some(probe) => {
+                let mut model = Model::load(source)?;
+                for (info, solved) in session.linears.iter().zip(&solved) {
+                    model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
+                }
+                let kl = probe.kl(&model, None)?;
+                measured.push((profile.name.to_string(), four_digits(kl)));
+                kl
+            }
+            None => 0.0,
+        };
+        if best.as_ref().is_none_or(|b| kl < b.0) {
+            best = Some((kl, profile, solved));
+        }
+    }
+    let Some((_, profile, solved)) = best else {
+        return Err(QuantError::Mismatch(
+            "there is no allocation to choose from".into(),
+        ));
+    };
+    Ok((profile, solved, measured))
+}
+
+fn rows(linears: &[LinearInfo], profile: &Profile, solved: &[Solved]) -> Vec<TensorRow> {
+    let records = solved.iter().map(|s| &s.record);
+    let rows = linears.iter().zip(&profile.widths).zip(records);
+    rows.map(|((info, width), r)| TensorRow::new(&info.name, width.bits(), r.sweeps, &r.certificate))
+        .collect()
+}
+
+/// A packed weight in memory, run by the same kernels as one in a file.
+struct OwnedPacked(PackedMatrix);
+
+impl Linear for OwnedPacked {
+    fn rows(&self) -> usize {
+        self.0.as_ref().shape().rows
+    }
+    fn cols(&self) -> usize {
+        self.0.as_ref().shape().cols
+    }
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        matmul(self.0.as_ref(), input.activations(), y);
+    }
+    fn row(&self, row: usize, out: &mut [f32]) {
+        dequantize_row(self.0.as_ref(), row, out);
+    }
+    fn resident_bytes(&self) -> usize {
+        self.0.as_ref().stream().len()
+    }
+}

@@ -1,0 +1,100 @@
+//! Second moments of the inputs of linears, `H = E[x xᵀ] [n, n]`, collected while the source model reads calibration text.
+
+use std::collections::BTreeMap;
+
+use nash_kernels::dense;
+use nash_models::{Site, Tap};
+
+/// Sums of `x xᵀ` per site of one layer (or of the head).
+#[derive(Debug, Default)]
+pub struct HessianTap {
+    /// Sum and number of tokens per (layer, site).
+    pub sums: BTreeMap<(usize, Site), (Vec<f32>, u64)>,
+}
+
+impl Tap for HessianTap {
+    fn input(&mut self, layer: usize, site: Site, x: &[f32], tokens: usize, cols: usize) {
+        if site == Site::Router {
+            return; // Routers stay in float.
+        }
+        let (sum, count) = self
+            .sums
+            .entry((layer, site))
+            .or_insert_with(|| (vec![0.0; cols * cols], 0));
+        dense::gram_accumulate(x, tokens, cols, sum);
+        *count += tokens as u64;
+    }
+}
+
+/// Divides by the number of tokens and adds `damping + n / (2 · tokens)` times the mean of the diagonal to the diagonal.
+///
+/// The second term shrinks estimates that rest on few tokens (experts, wide layers) towards the identity, as Ledoit and Wolf
+/// (2004) do with an estimated intensity. Inputs that never fired keep a positive diagonal.
+pub fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) {
+    let scale = 1.0 / tokens.max(1) as f32;
+    sum.iter_mut().for_each(|v| *v *= scale);
+    let mean = (0..n).map(|i| f64::from(sum[i * n + i])).sum::<f64>() / n.max(1) as f64;
+    let share = damping + 0.5 * n as f64 / tokens.max(1) as f64;
+    // A site without any signal becomes the identity: every weight counts the same.
+    let added = if mean > 0.0 { (share * mean) as f32 } else { 1.0 };
+    (0..n).for_each(|i| sum[i * n + i] += added);
+}
+
+/// Lower triangle of a symmetric matrix as little-endian bytes, and back.
+pub mod triangle {
+    /// Packs the lower triangle, row by row.
+    pub fn to_bytes(h: &[f32], n: usize) -> Vec<u8> {
+        let mut out = Vec::with_capacity(n * (n + 1) * 2);
+        for (i, row) in h.chunks(n).enumerate() {
+            row[..=i]
+                .iter()
+                .for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        }
+        out
+    }
+
+    /// Restores the full matrix; `None` if the length does not fit.
+    pub fn from_bytes(bytes: &[u8], n: usize) -> Option<Vec<f32>> {
+        if bytes.len() != n * (n + 1) * 2 {
+            return None;
+        }
+        let mut h = vec![0.0; n * n];
+        let mut values = bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        for i in 0..n {
+            for j in 0..=i {
+                let v = values.next()?;
+                h[i * n + j] = v;
+                h[j * n + i] = v;
+            }
+        }
+        Some(h)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_triangle_survives_the_disk() {
+        let n = 5;
+        let h: Vec<f32> = (0..n * n)
+            .map(|k| ((k / n).max(k % n) * 10 + (k / n).min(k % n)) as f32)
+            .collect();
+        assert_eq!(triangle::from_bytes(&triangle::to_bytes(&h, n), n), Some(h));
+        assert_eq!(triangle::from_bytes(&[0; 7], n), None);
+    }
+
+    #[test]
+    fn a_silent_site_becomes_the_identity_and_others_stay_positive() {
+        let mut h = vec![0.0; 4];
+        regularise(&mut h, 2, 0, 0.1);
+        assert_eq!(h, [1.0, 0.0, 0.0, 1.0]);
+        let mut h = vec![8.0, 4.0, 4.0, 0.0];
+        regularise(&mut h, 2, 4, 0.1);
+        // Mean of the diagonal 1, share 0.1 + 2 / 8.
+        assert!((h[0] - 2.35).abs() < 1e-6 && (h[3] - 0.35).abs() < 1e-6 && h[1] == 1.0);
+    }
+}

@@ -1,0 +1,104 @@
+//! What a user can ask of a compression.
+
+use nash_kernels::Width;
+
+/// How large the result may be. Every byte of the model files counts; tokenizer text files are listed apart.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Budget {
+    /// Bits per stored weight, over the whole file.
+    BitsPerWeight(f64),
+    /// Bytes of the whole file.
+    Bytes(u64),
+}
+
+impl Budget {
+    /// The budget in bytes for a model of `weights` parameters.
+    pub fn bytes(&self, weights: u64) -> u64 {
+        match *self {
+            Self::BitsPerWeight(bits) => (bits * weights as f64 / 8.0).floor() as u64,
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+/// How weights are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// The games: codebooks, best response to equilibrium, widths from the market.
+    #[default]
+    Nash,
+    /// Baseline: uniform levels, scale from the largest magnitude, nearest level; the same width everywhere.
+    RoundToNearest,
+    /// Baseline: uniform levels, searched scales, sequential rounding with error feedback (GPTQ with act-order); the same width everywhere.
+    Gptq,
+}
+
+/// The start of the rounding game.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// Every weight at its nearest level. Reaches equilibria closer to the source.
+    #[default]
+    Nearest,
+    /// The leader–follower solution. Reaches lower layer errors.
+    LeaderFollower,
+}
+
+/// Text to calibrate on, as windows of tokens.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Calibration {
+    /// Token windows, each an independent sequence.
+    pub windows: Vec<Vec<u32>>,
+    /// Where the text came from, for the report.
+    pub description: String,
+}
+
+/// Options of [`crate::compress`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompressOptions {
+    /// Size of the result.
+    pub budget: Budget,
+    /// Rounding method and with it the allocation.
+    pub method: Method,
+    /// Start of the rounding game.
+    pub start: Start,
+    /// Fixed widths: (glob over canonical tensor names, width); the first match counts.
+    pub tensor_types: Vec<(String, Width)>,
+    /// Seed of every random choice; recorded in the report.
+    pub seed: u64,
+    /// Text to calibrate on.
+    pub calibration: Calibration,
+    /// Share of the mean of `diag H` added to the diagonal.
+    pub damping: f64,
+    /// Sweeps of the rounding game at most.
+    pub max_sweeps: usize,
+    /// Tokens on which the KL divergence of single-tensor changes is measured.
+    pub probe_tokens: usize,
+    /// Continue an interrupted compression in the same place.
+    pub resume: bool,
+    /// Replace an existing output folder.
+    pub force: bool,
+    /// Folder for intermediate results, kept and shared between budgets; default: `OUT.work`, removed at the end.
+    pub work_dir: Option<std::path::PathBuf>,
+}
+
+impl Default for CompressOptions {
+    fn default() -> Self {
+        Self {
+            budget: Budget::BitsPerWeight(4.25),
+            method: Method::Nash,
+            start: Start::Nearest,
+            tensor_types: Vec::new(),
+            seed: 0,
+            calibration: Calibration::default(),
+            damping: 0.1,
+            max_sweeps: 16,
+            probe_tokens: 256,
+            resume: false,
+            force: false,
+            work_dir: None,
+        }
+    }
+}

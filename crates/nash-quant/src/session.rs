@@ -1,0 +1,283 @@
+//! One model under compression: calibration, curves and solved tensors, each computed once and kept in the scratch folder.
+
+use std::sync::Arc;
+
+use nash_games::RoundingCertificate;
+use nash_games::rounding::Problem;
+use nash_kernels::{PackedMatrix, Width};
+use nash_models::{DenseLinear, KvCache, LinearInfo, Model, Site};
+
+use crate::QuantError;
+use crate::allocate::{Curve, LinearShape};
+use crate::hessian::{HessianTap, regularise, triangle};
+use crate::options::{CompressOptions, Method};
+use crate::probe::Probe;
+use crate::progress::Progress;
+use crate::scratch::Scratch;
+use crate::stored;
+use crate::tensor::{Rounded, Rounding, certify, round};
+
+/// Width at which the effect of a tensor on the whole model is measured.
+const REFERENCE_BITS: usize = 3;
+/// Rows per tensor on which layer errors at all widths are computed.
+const CURVE_ROWS: usize = 256;
+/// Sweeps for curves: the first two make most of the difference.
+const CURVE_SWEEPS: usize = 2;
+/// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
+const CERTIFIED_ROWS: usize = 64;
+
+/// A model, its options and what is known about it so far.
+pub(crate) struct Session<'a> {
+    pub(crate) model: Model,
+    pub(crate) linears: Vec<LinearInfo>,
+    pub(crate) options: &'a CompressOptions,
+    pub(crate) scratch: Scratch,
+    pub(crate) progress: &'a dyn Progress,
+}
+
+/// A solved tensor with its record.
+#[derive(Debug, Clone)]
+pub(crate) struct Solved {
+    pub(crate) matrix: PackedMatrix,
+    pub(crate) record: SolvedRecord,
+}
+
+/// What is known about a solved tensor beside its bytes.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub(crate) struct SolvedRecord {
+    pub(crate) sweeps: usize,
+    pub(crate) certificate: RoundingCertificate,
+}
+
+impl Session<'_> {
+    fn check_cancelled(&self) -> Result<(), QuantError> {
+        if self.progress.cancelled() {
+            Err(QuantError::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether rounding looks at the inputs.
+    pub(crate) fn needs_hessians(&self) -> bool {
+        self.options.method != Method::RoundToNearest
+    }
+
+    /// Runs the source model over the calibration windows, layer by layer, and stores every site's damped Hessian.
+    pub(crate) fn calibrate(&self) -> Result<(), QuantError> {
+        if !self.needs_hessians() || self.scratch.has("calibrated") {
+            return Ok(());
+        }
+        let windows = &self.options.calibration.windows;
+        let layers = self.model.config().num_layers();
+        self.progress.stage("calibrate", layers as u64 + 1);
+        let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
+        let mut cache = KvCache::new(self.model.config(), longest);
+        let mut states = Vec::with_capacity(windows.len());
+        for tokens in windows {
+            let mut x = Vec::new();
+            self.model.embed(tokens, 0, &mut x)?;
+            states.push(x);
+        }
+        for layer in 0..layers {
+            self.check_cancelled()?;
+            let mut tap = HessianTap::default();
+            for x in &mut states {
+                cache.reset();
+                self.model.layer_forward(layer, x, &mut cache, 0, &mut tap)?;
+            }
+            self.store_hessians(tap)?;
+            self.progress.advance(1);
+        }
+        let mut tap = HessianTap::default();
+        for x in &mut states {
+            self.model.final_norm(x);
+            let d = self.model.config().hidden_size;
+            nash_models::Tap::input(&mut tap, layers, Site::Head, x, x.len() / d, d);
+        }
+        self.store_hessians(tap)?;
+        self.progress.advance(1);
+        self.scratch
+            .put("calibrated", &windows.iter().map(Vec::len).sum::<usize>())
+    }
+
+    fn store_hessians(&self, tap: HessianTap) -> Result<(), QuantError> {
+        for ((layer, site), (mut sum, tokens)) in tap.sums {
+            let n = sum.len().isqrt();
+            regularise(&mut sum, n, tokens, self.options.damping);
+            self.scratch
+                .put_bytes(&hessian_key(layer, site), &triangle::to_bytes(&sum, n))?;
+        }
+        Ok(())
+    }
+
+    /// The damped Hessian of a linear's input, `[n, n]`; the identity for tables that are only looked up, experts no token chose, and
+    /// methods that do not look.
+    pub(crate) fn hessian(&self, info: &LinearInfo) -> Result<Vec<f32>, QuantError> {
+        let n = info.cols;
+        let layer = info.layer.unwrap_or(self.model.config().num_layers());
+        if self.needs_hessians() && info.site != Site::Embedding {
+            let stored = self.scratch.get_bytes(&hessian_key(layer, info.site))?;
+            if let Some(h) = stored.and_then(|b| triangle::from_bytes(&b, n)) {
+                return Ok(h);
+            }
+        }
+        let mut h = vec![0.0; n * n];
+        (0..n).for_each(|i| h[i * n + i] = 1.0);
+        Ok(h)
+    }
+
+    /// Source weights `[m, n]` of a linear.
+    pub(crate) fn weights(&self, info: &LinearInfo) -> Result<Vec<f32>, QuantError> {
+        let linear = self.model.linear(&info.name).ok_or_else(|| {
+            QuantError::Mismatch(format!(
+                "the model lists the tensor `{}` but has none of that name",
+                info.name
+            ))
+        })?;
+        let mut w = vec![0.0; info.rows * info.cols];
+        for (r, row) in w.chunks_mut(info.cols).enumerate() {
+            linear.row(r, row);
+        }
+        Ok(w)
+    }
+
+    fn rounding(&self, width: Width, max_sweeps: usize) -> Rounding {
+        Rounding {
+            width,
+            method: self.options.method,
+            start: self.options.start,
+            max_sweeps,
+        }
+    }
+
+    /// Loss curves of all linears: layer errors at every width, and the KL divergence at the reference width.
+    pub(crate) fn curves(&mut self) -> Result<Vec<Curve>, QuantError> {
+        let linears = self.linears.clone();
+        self.progress.stage("measure", linears.len() as u64);
+        let mut probe = None;
+        let mut curves = Vec::with_capacity(linears.len());
+        for info in &linears {
+            self.check_cancelled()?;
+            let key = format!("curve-{}", info.name);
+            let curve = match self.scratch.get::<Curve>(&key)? {
+                Some(curve) => curve,
+                None => {
+                    if probe.is_none() {
+                        probe = Some(Probe::new(&self.model, &self.probe_windows())?);
+                    }
+                    let Some(probe) = &probe else { continue };
+                    let curve = self.curve(info, probe)?;
+                    self.scratch.put(&key, &curve)?;
+                    curve
+                }
+            };
+            curves.push(curve);
+            self.progress.advance(1);
+        }
+        Ok(curves)
+    }
+
+    /// The first tokens of the first calibration windows, `probe_tokens` in all.
+    fn probe_windows(&self) -> Vec<Vec<u32>> {
+        let each = (self.options.probe_tokens / 2).max(2);
+        let windows = &self.options.calibration.windows;
+        let step = (windows.len() / 2).max(1);
+        windows
+            .iter()
+            .step_by(step)
+            .take(2)
+            .map(|w| w[..each.min(w.len())].to_vec())
+            .collect()
+    }
+
+    fn curve(&mut self, info: &LinearInfo, probe: &Probe) -> Result<Curve, QuantError> {
+        let n = info.cols;
+        let weights = self.weights(info)?;
+        let hessian = self.hessian(info)?;
+        let stride = info.rows.div_ceil(CURVE_ROWS);
+        let sample: Vec<f32> = weights.chunks(n).step_by(stride).flatten().copied().collect();
+        let mut potential = Vec::new();
+        for width in Width::ALL {
+            let problem = Problem {
+                weights: &sample,
+                cols: n,
+                hessian: &hessian,
+            };
+            let rounded = round(&info.name, problem, self.rounding(width, CURVE_SWEEPS))?;
+            potential.push(problem.potential(&rounded.grid, &rounded.codes));
+        }
+        let reference = Width::ALL
+            .iter()
+            .position(|w| w.bits() == REFERENCE_BITS)
+            .unwrap_or(0);
+        let problem = Problem {
+            weights: &weights,
+            cols: n,
+            hessian: &hessian,
+        };
+        let rounded = round(
+            &info.name,
+            problem,
+            self.rounding(Width::ALL[reference], CURVE_SWEEPS),
+        )?;
+        let changed = Arc::new(DenseLinear::new(
+            rounded.grid.dequantize(n, &rounded.codes),
+            info.rows,
+            n,
+        ));
+        let kl_at_reference = probe.kl_of_change(&mut self.model, &info.name, info.layer, changed)?;
+        Ok(Curve {
+            kl_at_reference,
+            potential,
+            reference,
+        })
+    }
+
+    /// Solves a tensor at a width, or takes it from the scratch folder.
+    pub(crate) fn solve(&self, info: &LinearInfo, width: Width) -> Result<Solved, QuantError> {
+        self.check_cancelled()?;
+        let key = format!("solved-{}-{}", info.name, width.bits());
+        if let Some(solved) = self
+            .scratch
+            .get_bytes(&key)?
+            .and_then(|b| stored::decode(&b, info, width))
+        {
+            return Ok(solved);
+        }
+        let weights = self.weights(info)?;
+        let hessian = self.hessian(info)?;
+        let problem = Problem {
+            weights: &weights,
+            cols: info.cols,
+            hessian: &hessian,
+        };
+        let rounded: Rounded = round(&info.name, problem, self.rounding(width, self.options.max_sweeps))?;
+        let sweeps = rounded.trace.moves.len();
+        let matrix = rounded.pack(&info.name, info.cols)?;
+        let stride = info.rows.div_ceil(CERTIFIED_ROWS);
+        let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
+        let solved = Solved {
+            matrix,
+            record: SolvedRecord { sweeps, certificate },
+        };
+        self.scratch.put_bytes(&key, &stored::encode(&solved)?)?;
+        Ok(solved)
+    }
+
+    /// Shapes of all linears.
+    pub(crate) fn shapes(&self) -> Vec<LinearShape> {
+        self.linears
+            .iter()
+            .map(|l| LinearShape {
+                name: l.name.clone(),
+                rows: l.rows,
+                cols: l.cols,
+            })
+            .collect()
+    }
+}
+
+fn hessian_key(layer: usize, site: Site) -> String {
+    format!("hessian-{layer}-{site:?}")
+}

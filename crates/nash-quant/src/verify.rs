@@ -1,0 +1,159 @@
+//! Checking a packed folder: checksums, and the equilibrium again from the source model.
+
+use nash_core::{ModelFile, PackedFolder};
+use nash_games::rounding::Problem;
+use nash_models::{Model, Site};
+
+use crate::QuantError;
+use crate::compress::source_hash;
+use crate::options::{Calibration, CompressOptions, Method};
+use crate::progress::Progress;
+use crate::report::{Report, TensorRow};
+use crate::scratch::Scratch;
+use crate::session::Session;
+use crate::tensor::certify;
+use crate::write::CALIBRATION_FILE;
+
+/// How thoroughly to check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyOptions {
+    /// Rows per tensor whose players are checked; `usize::MAX` checks every player.
+    pub rows_per_tensor: usize,
+}
+
+impl Default for VerifyOptions {
+    fn default() -> Self {
+        Self { rows_per_tensor: 64 }
+    }
+}
+
+/// What the check found.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Verification {
+    /// Tensors whose checksum was compared; all agree, or there is an error.
+    pub checksums: usize,
+    /// The equilibrium, if a source model was given and the folder was made by the games.
+    pub equilibrium: Option<Equilibrium>,
+}
+
+/// The equilibrium as recomputed from the source.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Equilibrium {
+    /// Largest regret found, as a share of the energy of the player's row.
+    pub max_regret: f64,
+    /// Players checked.
+    pub players: u64,
+    /// Players who could still gain more than the solver's threshold.
+    pub unsettled: u64,
+    /// One row per tensor.
+    pub rows: Vec<TensorRow>,
+}
+
+/// Verifies `packed`; with `source` also that it is an equilibrium of the games on that model and the recorded calibration tokens.
+///
+/// # Errors
+/// If a checksum differs, the source is another model, or the calibration tokens are gone.
+pub fn verify(
+    packed: &PackedFolder,
+    source: Option<&ModelFile>,
+    options: VerifyOptions,
+    progress: &dyn Progress,
+) -> Result<Verification, QuantError> {
+    let report = Report::read(packed)?;
+    progress.stage("checksums", packed.file_bytes());
+    packed.verify(|bytes| progress.advance(bytes))?;
+    let checksums = packed.packed_tensors().len();
+    let equilibrium = match source {
+        Some(source) if report.method == Method::Nash => {
+            Some(equilibrium(packed, &report, source, options, progress)?)
+        }
+        _ => None,
+    };
+    Ok(Verification {
+        checksums,
+        equilibrium,
+    })
+}
+
+fn equilibrium(
+    packed: &PackedFolder,
+    report: &Report,
+    source: &ModelFile,
+    verify: VerifyOptions,
+    progress: &dyn Progress,
+) -> Result<Equilibrium, QuantError> {
+    let model = Model::load(source)?;
+    progress.stage("hash", model.linears().len() as u64);
+    let found = source_hash(&model, progress);
+    if found != report.source_sha256 {
+        return Err(QuantError::Mismatch(format!(
+            "the source is not the model that was compressed: its weights have SHA-256 {found}, the folder was made from {} ({})",
+            report.source_sha256, report.source
+        )));
+    }
+    let dir = packed
+        .dir()
+        .ok_or_else(|| QuantError::Mismatch("the packed model is not in a folder".into()))?;
+    let path = dir.join(CALIBRATION_FILE);
+    let bytes = std::fs::read(&path).map_err(|e| QuantError::io(&path, e))?;
+    let windows = serde_json::from_slice(&bytes).map_err(|source| QuantError::Json {
+        what: path.display().to_string(),
+        source,
+    })?;
+    let options = CompressOptions {
+        calibration: Calibration {
+            windows,
+            description: report.calibration.clone(),
+        },
+        damping: report.damping,
+        start: report.start,
+        ..CompressOptions::default()
+    };
+    let work = tempfile::tempdir().map_err(|e| QuantError::io(&std::env::temp_dir(), e))?;
+    let scratch = Scratch::open(&work.path().join("hessians"), "verify")?;
+    let linears = model
+        .linears()
+        .into_iter()
+        .filter(|l| l.site != Site::Router)
+        .collect();
+    let session = Session {
+        model,
+        linears,
+        options: &options,
+        scratch,
+        progress,
+    };
+    session.calibrate()?;
+    let mut result = Equilibrium {
+        max_regret: 0.0,
+        players: 0,
+        unsettled: 0,
+        rows: Vec::new(),
+    };
+    progress.stage("certify", session.linears.len() as u64);
+    for info in &session.linears {
+        let tensor = packed.packed(&info.name)?;
+        let (weights, hessian) = (session.weights(info)?, session.hessian(info)?);
+        let problem = Problem {
+            weights: &weights,
+            cols: info.cols,
+            hessian: &hessian,
+        };
+        let stride = info.rows.div_ceil(verify.rows_per_tensor.max(1));
+        let certificate = certify(&info.name, problem, tensor.as_ref(), stride)?;
+        result.max_regret = result.max_regret.max(certificate.max_regret);
+        result.players += certificate.players;
+        result.unsettled += certificate.unsettled;
+        let bits = tensor.shape().width.bits();
+        let sweeps = report
+            .rows
+            .iter()
+            .find(|r| r.name == info.name)
+            .map_or(0, |r| r.sweeps);
+        result
+            .rows
+            .push(TensorRow::new(&info.name, bits, sweeps, &certificate));
+        progress.advance(1);
+    }
+    Ok(result)
+}
