@@ -1,0 +1,272 @@
+//! Weight matrices behind one trait: a model never knows how a weight is stored.
+//!
+//! `y[t, r] = Σ_c x[t, c]·W[r, c]`, `W [m, n]`, x `[T, n]`, y `[T, m]`. Results do not depend on the number of
+//! threads: work is cut into fixed pieces, and every output is summed in one piece.
+
+use std::cell::{Cell, OnceCell};
+
+use nash_core::{DType, PackedTensor, Tensor};
+use nash_kernels::dense::{self, MatMut, MatRef};
+use nash_kernels::{Activations, pool};
+
+use crate::error::Result;
+use crate::scratch::sized;
+
+/// Activations `x [T, n]` on their way into one or several linears.
+///
+/// The quantized form is made on first use and shared by all linears that read the same input.
+pub struct Input<'a> {
+    x: &'a [f32],
+    tokens: usize,
+    cols: usize,
+    quantized: OnceCell<Activations>,
+    spare: Cell<Option<Activations>>,
+}
+
+impl<'a> Input<'a> {
+    /// Wraps `x [T, cols]`; T follows from its length.
+    #[must_use]
+    pub fn new(x: &'a [f32], cols: usize) -> Self {
+        Self::with_buffer(x, cols, Activations::default())
+    }
+
+    /// Wraps `x` and lends it a buffer for the quantized form; [`Self::into_buffer`] gives it back.
+    #[must_use]
+    pub fn with_buffer(x: &'a [f32], cols: usize, buffer: Activations) -> Self {
+        let tokens = x.len() / cols.max(1);
+        debug_assert_eq!(tokens * cols, x.len());
+        Self { x, tokens, cols, quantized: OnceCell::new(), spare: Cell::new(Some(buffer)) }
+    }
+
+    /// The values, `[T, n]`.
+    #[must_use]
+    pub fn x(&self) -> &'a [f32] {
+        self.x
+    }
+
+    /// T.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// n.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The values as int8 groups.
+    pub fn activations(&self) -> &Activations {
+        self.quantized.get_or_init(|| {
+            let mut buffer = self.spare.take().unwrap_or_default();
+            buffer.quantize(self.x, self.tokens, self.cols);
+            buffer
+        })
+    }
+
+    /// The buffer, for the next input.
+    #[must_use]
+    pub fn into_buffer(self) -> Activations {
+        self.quantized.into_inner().or_else(|| self.spare.take()).unwrap_or_default()
+    }
+}
+
+/// A weight matrix `W [rows, cols]`.
+pub trait Linear: Send + Sync {
+    /// Outputs m.
+    fn rows(&self) -> usize;
+    /// Inputs n.
+    fn cols(&self) -> usize;
+    /// `y = x·Wᵀ`; x `[T, n]`, y `[T, m]`.
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]);
+    /// Decodes row `row` to `out [n]`.
+    fn row(&self, row: usize, out: &mut [f32]);
+    /// Bytes of the stored weight that a forward pass reads.
+    fn resident_bytes(&self) -> usize;
+}
+
+/// A weight of any element type, decoded tile by tile straight from the mapped file; there is never a full float
+/// copy of it.
+#[derive(Debug, Clone)]
+pub struct FloatLinear {
+    tensor: Tensor,
+    /// The matrix is rows `first..first + rows` of the tensor (a slice of fused projections or stacked experts).
+    first: usize,
+    rows: usize,
+}
+
+/// Floats that one task decodes, in whole rows.
+const PART_FLOATS: usize = 1 << 15;
+/// Floats of a decoded tile when there are several (4 MiB, in the second-level cache of no machine, but small next
+/// to the product that it pays for).
+const TILE_FLOATS: usize = 1 << 20;
+
+thread_local! {
+    /// The tile buffer. Taken out while in use, so that a nested use would find none and make its own.
+    static TILE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+impl FloatLinear {
+    /// The whole tensor as a matrix `[rows, cols]`.
+    #[must_use]
+    pub fn new(tensor: Tensor) -> Self {
+        let rows = tensor.rows();
+        Self { tensor, first: 0, rows }
+    }
+
+    /// Rows `first..first + rows` of a tensor.
+    ///
+    /// # Errors
+    /// The rows are outside of the tensor.
+    pub fn from_rows(tensor: Tensor, first: usize, rows: usize) -> Result<Self> {
+        // Decoding nothing checks the range.
+        let end = first.saturating_add(rows);
+        tensor.dequantize_rows(end..end, &mut [])?;
+        Ok(Self { tensor, first, rows })
+    }
+
+    /// Element type in the file.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.tensor.dtype
+    }
+
+    fn decode(&self, row: usize, out: &mut [f32]) {
+        let rows = out.len() / self.tensor.cols();
+        let start = self.first + row;
+        let result = self.tensor.dequantize_rows(start..start + rows, out);
+        debug_assert!(result.is_ok(), "rows were checked when the linear was made: {result:?}");
+    }
+}
+
+impl Linear for FloatLinear {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.tensor.cols()
+    }
+
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        let (m, n, x) = (self.rows, self.cols(), input.x());
+        let part = PART_FLOATS.div_ceil(n);
+        if input.tokens() == 1 {
+            pool::for_each_chunk(y, part, |i, y| {
+                let mut tile = TILE.take();
+                self.decode(i * part, sized(&mut tile, y.len() * n));
+                for (y, row) in y.iter_mut().zip(tile.chunks_exact(n)) {
+                    *y = dense::dot(x, row);
+                }
+                TILE.set(tile);
+            });
+            return;
+        }
+        let mut tile = TILE.take();
+        let step = (TILE_FLOATS / n).max(1).min(m);
+        sized(&mut tile, step * n);
+        for first in (0..m).step_by(step) {
+            let rows = step.min(m - first);
+            let tile = &mut tile[..rows * n];
+            pool::for_each_chunk(tile, part * n, |i, rows| self.decode(first + i * part, rows));
+            let x = MatRef::row_major(x, input.tokens(), n);
+            let w = MatRef::row_major(tile, rows, n);
+            let y = MatMut::row_major(y, input.tokens(), m).cols_range(first..first + rows);
+            dense::gemm(1.0, x, w.t(), 0.0, y);
+        }
+        TILE.set(tile);
+    }
+
+    fn row(&self, row: usize, out: &mut [f32]) {
+        self.decode(row, out);
+    }
+
+    fn resident_bytes(&self) -> usize {
+        self.tensor.data.len() / self.tensor.rows().max(1) * self.rows
+    }
+}
+
+/// A weight in plain `f32`, row-major.
+#[derive(Debug, Clone)]
+pub struct DenseLinear {
+    w: Vec<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl DenseLinear {
+    /// `w [rows, cols]`, row-major.
+    ///
+    /// # Panics
+    /// `w` has another length.
+    #[must_use]
+    pub fn new(w: Vec<f32>, rows: usize, cols: usize) -> Self {
+        assert_eq!(w.len(), rows * cols, "weights of a dense linear");
+        Self { w, rows, cols }
+    }
+}
+
+impl Linear for DenseLinear {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        dense::matmul_nt(input.x(), &self.w, y, input.tokens(), self.rows, self.cols);
+    }
+
+    fn row(&self, row: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.w[row * self.cols..(row + 1) * self.cols]);
+    }
+
+    fn resident_bytes(&self) -> usize {
+        4 * self.w.len()
+    }
+}
+
+/// A packed weight, multiplied without being decoded to floats.
+#[derive(Debug, Clone)]
+pub struct PackedLinear {
+    tensor: PackedTensor,
+}
+
+impl PackedLinear {
+    /// Wraps a packed tensor.
+    #[must_use]
+    pub fn new(tensor: PackedTensor) -> Self {
+        Self { tensor }
+    }
+
+    /// The packed tensor.
+    #[must_use]
+    pub fn tensor(&self) -> &PackedTensor {
+        &self.tensor
+    }
+}
+
+impl Linear for PackedLinear {
+    fn rows(&self) -> usize {
+        self.tensor.shape().rows
+    }
+
+    fn cols(&self) -> usize {
+        self.tensor.shape().cols
+    }
+
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        nash_kernels::matmul(self.tensor.as_ref(), input.activations(), y);
+    }
+
+    fn row(&self, row: usize, out: &mut [f32]) {
+        nash_kernels::dequantize_row(self.tensor.as_ref(), row, out);
+    }
+
+    fn resident_bytes(&self) -> usize {
+        self.tensor.bytes()
+    }
+}

@@ -1,0 +1,213 @@
+//! A loaded model: the whole forward pass, and its layers one by one for calibration.
+//!
+//! T tokens, d = hidden size, V = vocabulary. Every method takes `&self` and keeps its state in the [`KvCache`], so one
+//! model serves many sequences. For one instruction set the results are bit-identical for any number of threads.
+
+use std::sync::Arc;
+
+use nash_core::ModelFile;
+
+use crate::cache::KvCache;
+use crate::config::{ModelConfig, Positions};
+use crate::error::{ModelError, Result};
+use crate::feed::Context;
+use crate::layer::{Call, Layer, RopeTables};
+use crate::linear::{Input, Linear};
+use crate::loader;
+use crate::manifest::{LinearInfo, Site};
+use crate::math;
+use crate::norm::Norm;
+use crate::rope;
+use crate::tap::Tap;
+use crate::weights::Weights;
+
+/// A decoder language model.
+pub struct Model {
+    config: ModelConfig,
+    weights: Weights,
+    layers: Vec<Layer>,
+    final_norm: Option<Norm>,
+    /// `[positions, d]`.
+    positions: Option<Arc<[f32]>>,
+    rope: RopeTables,
+    embedding: usize,
+    head: usize,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Model {
+    /// Reads the configuration of a model file and finds all its tensors. Weight matrices are not copied: they stay
+    /// in the mapped file.
+    ///
+    /// # Errors
+    /// Unknown or unsupported architectures, missing tensors, wrong shapes.
+    pub fn load(file: &ModelFile) -> Result<Self> {
+        loader::load(file)
+    }
+
+    pub(crate) fn new(
+        config: ModelConfig,
+        weights: Weights,
+        layers: Vec<Layer>,
+        final_norm: Option<Norm>,
+        positions: Option<Arc<[f32]>>,
+    ) -> Self {
+        let rope = match &config.positions {
+            Positions::Rope(settings) => [
+                Some(rope::frequencies(&settings.global, settings.dims)),
+                settings.local.as_ref().map(|local| rope::frequencies(local, settings.dims)),
+            ],
+            Positions::Learned { .. } => [None, None],
+        };
+        let embedding = weights.slot("model.embed_tokens").unwrap_or_default();
+        let head = weights.slot("lm_head").unwrap_or(embedding);
+        Self { config, weights, layers, final_norm, positions, rope, embedding, head }
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Every weight matrix, in the order of the forward pass.
+    #[must_use]
+    pub fn linears(&self) -> Vec<LinearInfo> {
+        self.weights.infos().cloned().collect()
+    }
+
+    /// A weight matrix by its canonical name.
+    #[must_use]
+    pub fn linear(&self, name: &str) -> Option<&Arc<dyn Linear>> {
+        self.weights.slot(name).map(|slot| self.weights.linear(slot))
+    }
+
+    /// Replaces a weight matrix.
+    ///
+    /// # Errors
+    /// There is no linear of this name, or the new one has another shape.
+    pub fn set_linear(&mut self, name: &str, linear: Arc<dyn Linear>) -> Result<()> {
+        self.weights.set(name, linear)
+    }
+
+    /// Everything that is not a weight matrix (norms, biases, position table): canonical name, shape, values.
+    #[must_use]
+    pub fn float_tensors(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let floats = self.weights.floats.iter();
+        floats.map(|(name, shape, values)| (name.clone(), shape.clone(), values.to_vec())).collect()
+    }
+
+    /// Bytes of all stored weights, as they lie in the file or in memory.
+    #[must_use]
+    pub fn resident_bytes(&self) -> usize {
+        let floats: usize = self.weights.floats.iter().map(|(_, _, values)| 4 * values.len()).sum();
+        floats + self.weights.linears().map(|(_, linear)| linear.resident_bytes()).sum::<usize>()
+    }
+
+    /// Reads every weight once and looks for NaN and infinity.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`] with the first one found.
+    pub fn check_finite(&self) -> Result<()> {
+        self.weights.check_finite()
+    }
+
+    /// Embeds tokens that stand at positions from `start` on: `x [T, d]`.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or a position outside a learned table.
+    pub fn embed(&self, tokens: &[u32], start: usize, x: &mut Vec<f32>) -> Result<()> {
+        let (d, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        if let Some(&id) = tokens.iter().find(|id| **id as usize >= vocab) {
+            return Err(ModelError::TokenOutOfRange { id, vocab });
+        }
+        let end = start + tokens.len();
+        if self.positions.is_some() && end > self.config.context_length {
+            return Err(ModelError::ContextOverflow { needed: end, capacity: self.config.context_length });
+        }
+        x.clear();
+        x.resize(tokens.len() * d, 0.0);
+        let table = self.weights.linear(self.embedding);
+        for (row, &token) in x.chunks_exact_mut(d).zip(tokens) {
+            table.row(token as usize, row);
+        }
+        if self.config.embedding_scale != 1.0 {
+            x.iter_mut().for_each(|v| *v *= self.config.embedding_scale);
+        }
+        if let (Some(table), Positions::Learned { offset }) = (&self.positions, &self.config.positions) {
+            let rows = &table[(start + offset) * d..(end + offset) * d];
+            x.iter_mut().zip(rows).for_each(|(v, p)| *v += p);
+        }
+        Ok(())
+    }
+
+    /// Applies one layer to `x [T, d]` in place, the tokens standing at positions from `start` on. Keys and values
+    /// go into the cache, whose earlier positions must have been written; its length is not changed.
+    ///
+    /// # Errors
+    /// The cache is too small or was made for another model.
+    ///
+    /// # Panics
+    /// There is no such layer, or `x` is no whole number of tokens.
+    pub fn layer_forward(
+        &self,
+        layer: usize,
+        x: &mut [f32],
+        cache: &mut KvCache,
+        start: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<()> {
+        assert!(x.len().is_multiple_of(self.config.hidden_size), "whole tokens");
+        if x.is_empty() {
+            return Ok(());
+        }
+        let call = Call { config: &self.config, rope: &self.rope, start };
+        let mut context =
+            Context { weights: &self.weights, layer, activation: self.config.mlp.activation, tap };
+        self.layers[layer].forward(&call, &mut context, x, cache)
+    }
+
+    /// The norm before the output matrix, in place on `x [.., d]`.
+    pub fn final_norm(&self, x: &mut [f32]) {
+        if let Some(norm) = &self.final_norm {
+            norm.apply(x);
+        }
+    }
+
+    /// Logits `out [T, V]` of hidden states `[T, d]` after the final norm.
+    ///
+    /// # Panics
+    /// `out` has another length than T·V.
+    pub fn logits(&self, hidden: &[f32], out: &mut [f32], tap: &mut dyn Tap) {
+        let d = self.config.hidden_size;
+        let input = Input::new(hidden, d);
+        assert_eq!(out.len(), input.tokens() * self.config.vocab_size, "room for the logits");
+        tap.input(self.config.num_layers(), Site::Head, hidden, input.tokens(), d);
+        self.weights.linear(self.head).forward(&input, out);
+        if let Some(cap) = self.config.logit_softcap {
+            out.iter_mut().for_each(|v| *v = math::softcap(*v, cap));
+        }
+    }
+
+    /// Runs tokens that follow what the cache holds; returns their hidden states after the final norm, `[T, d]`.
+    ///
+    /// # Errors
+    /// The cache has no room (nothing is computed then), or a token is outside the vocabulary.
+    pub fn forward(&self, tokens: &[u32], cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Vec<f32>> {
+        let start = cache.len();
+        cache.check(&self.config, start + tokens.len())?;
+        let mut x = Vec::new();
+        self.embed(tokens, start, &mut x)?;
+        for layer in 0..self.layers.len() {
+            self.layer_forward(layer, &mut x, cache, start, tap)?;
+        }
+        cache.advance(tokens);
+        self.final_norm(&mut x);
+        Ok(x)
+    }
+}

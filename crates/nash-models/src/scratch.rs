@@ -1,0 +1,60 @@
+//! Working buffers of the forward pass, kept from token to token so that decoding allocates nothing of note.
+
+use nash_kernels::Activations;
+
+use crate::rope::RopeTable;
+
+/// Buffers of one sequence. Their contents have no meaning between calls, except the rope tables.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// `[T, d]`: input of a block after its norm.
+    pub(crate) normed: Vec<f32>,
+    /// `[T, d]`: output of a block.
+    pub(crate) out: Vec<f32>,
+    /// `[T, heads·head_dim]`.
+    pub(crate) q: Vec<f32>,
+    /// `[T, kv_heads·head_dim]`.
+    pub(crate) k: Vec<f32>,
+    pub(crate) v: Vec<f32>,
+    /// `[T, heads·head_dim]`: attention's output.
+    pub(crate) heads: Vec<f32>,
+    /// Partial softmax states of attention.
+    pub(crate) states: Vec<f32>,
+    pub(crate) mlp: MlpScratch,
+    pub(crate) moe: MoeScratch,
+    /// Tables of the global and of the local frequencies.
+    pub(crate) rope: [RopeTable; 2],
+}
+
+/// Buffers of a feed-forward block.
+#[derive(Default)]
+pub(crate) struct MlpScratch {
+    /// `[T, f]`.
+    pub(crate) gate: Vec<f32>,
+    pub(crate) up: Vec<f32>,
+    /// Quantized inputs, lent to one [`crate::Input`] after the other.
+    pub(crate) activations: Activations,
+}
+
+/// Buffers of a mixture of experts.
+#[derive(Default)]
+pub(crate) struct MoeScratch {
+    /// `[T, experts]`.
+    pub(crate) scores: Vec<f32>,
+    /// `[T_e, d]`: the tokens of one expert.
+    pub(crate) gathered: Vec<f32>,
+    /// `[T_e, d]`: what it answers.
+    pub(crate) expert_out: Vec<f32>,
+}
+
+impl std::fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scratch").finish_non_exhaustive()
+    }
+}
+
+/// Gives a buffer a length; new elements are zero, old ones keep whatever they held.
+pub(crate) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    buffer
+}

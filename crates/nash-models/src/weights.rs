@@ -1,0 +1,124 @@
+//! The weights of a model: linears by number, for the blocks, and by name, for whoever replaces them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nash_kernels::pool;
+
+use crate::error::{ModelError, Result};
+use crate::linear::{Input, Linear};
+use crate::manifest::LinearInfo;
+use crate::scratch::sized;
+
+/// A float tensor: canonical name, shape, values.
+pub(crate) type FloatTensor = (String, Vec<usize>, Arc<[f32]>);
+
+struct Slot {
+    info: LinearInfo,
+    linear: Arc<dyn Linear>,
+}
+
+/// All weights.
+#[derive(Default)]
+pub(crate) struct Weights {
+    slots: Vec<Slot>,
+    index: HashMap<String, usize>,
+    pub(crate) floats: Vec<FloatTensor>,
+}
+
+/// A linear in a block, with its bias.
+#[derive(Debug, Clone)]
+pub(crate) struct Projection {
+    pub(crate) slot: usize,
+    pub(crate) bias: Option<Arc<[f32]>>,
+}
+
+/// Outputs of a task that adds biases, in whole rows.
+const CHUNK: usize = 1 << 14;
+/// Rows of a task that looks for NaN.
+const CHECK_ROWS: usize = 64;
+
+impl Weights {
+    pub(crate) fn push(&mut self, info: LinearInfo, linear: Arc<dyn Linear>) -> usize {
+        self.index.insert(info.name.clone(), self.slots.len());
+        self.slots.push(Slot { info, linear });
+        self.slots.len() - 1
+    }
+
+    pub(crate) fn infos(&self) -> impl ExactSizeIterator<Item = &LinearInfo> {
+        self.slots.iter().map(|slot| &slot.info)
+    }
+
+    pub(crate) fn linears(&self) -> impl ExactSizeIterator<Item = (&LinearInfo, &Arc<dyn Linear>)> {
+        self.slots.iter().map(|slot| (&slot.info, &slot.linear))
+    }
+
+    pub(crate) fn slot(&self, name: &str) -> Option<usize> {
+        self.index.get(name).copied()
+    }
+
+    pub(crate) fn linear(&self, slot: usize) -> &Arc<dyn Linear> {
+        &self.slots[slot].linear
+    }
+
+    pub(crate) fn set(&mut self, name: &str, linear: Arc<dyn Linear>) -> Result<()> {
+        let slot = self.slot(name).ok_or_else(|| ModelError::NoSuchLinear { name: name.to_owned() })?;
+        let info = &self.slots[slot].info;
+        if (linear.rows(), linear.cols()) != (info.rows, info.cols) {
+            return Err(ModelError::WrongShape {
+                file: "replacement".into(),
+                tensor: name.to_owned(),
+                expected: vec![info.rows, info.cols],
+                found: vec![linear.rows(), linear.cols()],
+            });
+        }
+        self.slots[slot].linear = linear;
+        Ok(())
+    }
+
+    /// `y = x·Wᵀ + b`, `[T, m]`.
+    pub(crate) fn project(&self, projection: &Projection, input: &Input<'_>, y: &mut Vec<f32>) {
+        let linear = &self.slots[projection.slot].linear;
+        let m = linear.rows();
+        let y = sized(y, input.tokens() * m);
+        linear.forward(input, y);
+        if let Some(bias) = &projection.bias {
+            pool::for_each_chunk(y, (CHUNK / m).max(1) * m, |_, rows| {
+                for row in rows.chunks_exact_mut(m) {
+                    row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+                }
+            });
+        }
+    }
+
+    /// Looks for the first weight that is not a finite number.
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        let not_finite = |tensor: &str, row, values: &[f32]| {
+            let col = values.iter().position(|v| !v.is_finite())?;
+            Some(ModelError::NotFinite { tensor: tensor.to_owned(), row, col, value: values[col] })
+        };
+        for (name, _, values) in &self.floats {
+            not_finite(name, 0, values).map_or(Ok(()), Err)?;
+        }
+        for (info, linear) in self.linears() {
+            // The lowest row wins, whichever thread comes first.
+            let first: Mutex<Option<(usize, ModelError)>> = Mutex::new(None);
+            pool::run(info.rows.div_ceil(CHECK_ROWS), |task| {
+                let mut values = vec![0.0; info.cols];
+                for row in task * CHECK_ROWS..((task + 1) * CHECK_ROWS).min(info.rows) {
+                    linear.row(row, &mut values);
+                    if let Some(error) = not_finite(&info.name, row, &values) {
+                        let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+                        if first.as_ref().is_none_or(|(earlier, _)| row < *earlier) {
+                            *first = Some((row, error));
+                        }
+                        return;
+                    }
+                }
+            });
+            let first = first.into_inner().unwrap_or_else(PoisonError::into_inner);
+            first.map_or(Ok(()), |(_, error)| Err(error))?;
+        }
+        Ok(())
+    }
+}
