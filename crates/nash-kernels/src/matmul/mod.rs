@@ -30,9 +30,15 @@
     reason = "kernels of instruction sets, and outputs shared out to threads by tiles"
 )]
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod portable;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -128,10 +134,11 @@ struct Job<'a> {
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
-    /// The record of a tile and group.
-    fn record(&self, tile: usize, group: usize) -> &[u8] {
-        let (shape, bytes) = (self.w.shape(), self.w.shape().record_bytes());
-        &self.w.stream()[(tile * shape.groups() + group) * bytes..][..bytes]
+    /// The records of a tile: those of its groups, in order.
+    fn records(&self, tile: usize) -> &[u8] {
+        let shape = self.w.shape();
+        let bytes = shape.groups() * shape.record_bytes();
+        &self.w.stream()[tile * bytes..][..bytes]
     }
 
     /// Finishes the rows of a tile for one token: adds up the lanes (`[row][lane]`), applies the row scales
@@ -175,10 +182,13 @@ impl Panel {
 #[repr(C, align(64))]
 struct Lanes([[f32; 16]; TOKEN_CHUNK]);
 
-/// Some groups of up to eight tokens: group `g` of token `t` is `groups[g · stride + t]`.
+/// Some groups of a block of up to eight tokens.
 struct TokenBlock<'a> {
+    /// `[groups][tokens]`.
     groups: &'a [ActivationGroup],
-    stride: usize,
+    tokens: usize,
+    /// Where in the chunk the block begins: token `t` of the block adds to `lanes[tile].0[first + t]`.
+    first: usize,
 }
 
 /// The kernels of one instruction set.
@@ -191,9 +201,8 @@ struct Kernel {
     one: unsafe fn(&Job<'_>, Range<usize>),
     /// Decodes the given groups (at most [`PANEL`]) of a tile.
     decode: unsafe fn(&Job<'_>, usize, Range<usize>, &mut Panel),
-    /// Adds the products of the first groups of each panel (1 to `tiles`) with a block of tokens to their lanes:
-    /// `lanes[tile].0[first + t]`, where `first` is the second of the two numbers; the first one is that of groups.
-    multiply: unsafe fn(&[Panel], &TokenBlock<'_>, (usize, usize), &mut [Lanes]),
+    /// Adds the products of each panel (1 to `tiles`) with a block of tokens to the tile's lanes.
+    multiply: unsafe fn(&[Panel], &TokenBlock<'_>, &mut [Lanes]),
     /// Panels that `multiply` takes at most.
     tiles: usize,
 }
@@ -202,6 +211,10 @@ impl Kernel {
     fn of(isa: Isa) -> Kernel {
         assert!(isa.is_available(), "this CPU lacks {}", isa.name());
         match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::KERNEL,
             _ => portable::KERNEL,
         }
     }
@@ -243,14 +256,14 @@ unsafe fn many_of(
             unsafe { (kernel.decode)(job, tile, range.clone(), panel) }
         }
         for token in tokens.clone().step_by(TOKEN_BLOCK) {
-            let (block, stride) = job.x.block(token);
+            let (all, in_block) = job.x.block(token);
             let block = TokenBlock {
-                groups: &block[range.start * stride..range.end * stride],
-                stride,
+                groups: &all[range.start * in_block..range.end * in_block],
+                tokens: in_block,
+                first: token - tokens.start,
             };
-            let counts = (range.len(), token - tokens.start);
             // SAFETY: the caller vouches for the instruction set.
-            unsafe { (kernel.multiply)(panels, &block, counts, &mut lanes) }
+            unsafe { (kernel.multiply)(panels, &block, &mut lanes) }
         }
     }
     for (tile, lanes) in tiles.zip(&lanes) {

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::{Job, Kernel, Lanes, Panel, TILE_WEIGHTS, TokenBlock, many};
-use crate::activations::TOKEN_BLOCK;
 use crate::layout::{BLOCK, GROUP, TILE_ROWS};
 
 pub(super) const KERNEL: Kernel = Kernel {
@@ -22,9 +21,11 @@ unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
 
 /// Decodes to `i8` values. Safe, but of the type of its peers.
 fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
-    let bits = job.w.shape().width.bits();
-    for ((weights, scales), group) in panel.weights.iter_mut().zip(&mut panel.scales).zip(groups) {
-        let (codes, scale_codes) = job.record(tile, group).split_at(TILE_ROWS * GROUP / 8 * bits);
+    let (bits, bytes) = (job.w.shape().width.bits(), job.w.shape().record_bytes());
+    let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
+    let panel = panel.weights.iter_mut().zip(&mut panel.scales);
+    for (record, (weights, scales)) in records.chunks_exact(bytes).zip(panel) {
+        let (codes, scale_codes) = record.split_at(TILE_ROWS * GROUP / 8 * bits);
         for (weights, codes) in weights.chunks_exact_mut(8).zip(codes.chunks_exact(bits)) {
             // Eight codes are `bits` whole bytes.
             let mut word = [0; 8];
@@ -44,11 +45,11 @@ fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
 }
 
 /// Safe, but of the type of its peers.
-fn multiply(panels: &[Panel], x: &TokenBlock<'_>, (groups, first): (usize, usize), lanes: &mut [Lanes]) {
+fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
     for (panel, lanes) in panels.iter().zip(lanes) {
-        let lanes = &mut lanes.0[first..][..x.stride.min(TOKEN_BLOCK)];
-        let weights = panel.weights.iter().zip(&panel.scales).take(groups);
-        for ((weights, scales), x) in weights.zip(x.groups.chunks_exact(x.stride)) {
+        let lanes = &mut lanes.0[x.first..][..x.tokens];
+        let weights = panel.weights.iter().zip(&panel.scales);
+        for ((weights, scales), x) in weights.zip(x.groups.chunks_exact(x.tokens)) {
             for (x, lanes) in x.iter().zip(lanes.iter_mut()) {
                 for (k, (lane, sum)) in lanes.iter_mut().zip(sums(weights, &x.codes)).enumerate() {
                     *lane += sum as f32 * (scales[k / 4] * x.scale);

@@ -1,0 +1,271 @@
+//! Kernels for AVX-512 F, BW, VL, VBMI and VNNI.
+//!
+//! 64 codes of any width below 8 become 64 weights in three instructions: `vpermb` gives each 64-bit lane
+//! the bytes that hold its eight codes, `vpmultishiftqb` cuts them into bytes, `vpermb` looks them up in a
+//! table of 64 entries. An index counts only with its low six bits and the table repeats, so the bits above
+//! the code do no harm. The tables hold `value + 128` (8-bit codes are that already), since `vpdpbusd`
+//! multiplies unsigned by signed bytes; a sum starts with `−128 · Σ activations` of its lane to make up for it.
+//!
+//! A register of weights is 16 columns of four rows, one row in each 128-bit lane, so the 16 columns of
+//! activations are broadcast and a group ends as `[row][lane]` sums without any horizontal step.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::x86::{for_width, prefetch, record_bytes, scales};
+use super::{Job, Kernel, Lanes, Panel, TILE_WEIGHTS, TILES, TokenBlock};
+use crate::activations::ActivationGroup;
+use crate::layout::{BLOCKS, GROUP};
+
+pub(super) const KERNEL: Kernel = Kernel {
+    one,
+    decode,
+    multiply,
+    tiles: TILES,
+};
+
+/// # Safety
+/// The CPU has the features of [`one_of`]; `tiles` are in range, and no other thread stores them.
+unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
+    // SAFETY: passed on.
+    unsafe { for_width!(one_of, job, tiles) }
+}
+
+/// # Safety
+/// The CPU has the features of [`decode_of`].
+unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
+    // SAFETY: passed on.
+    unsafe { for_width!(decode_of, job, tile, groups, panel) }
+}
+
+/// # Safety
+/// `tiles` are in range, and no other thread stores them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
+    let decoder = Decoder::<BITS>::new(&job.table);
+    let x = job.x.block(0).0;
+    for tile in tiles {
+        let mut lanes = _mm512_setzero_ps();
+        for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
+            prefetch(record);
+            let weights = decoder.record(record);
+            let sums = dot(&weights, x);
+            let scales = _mm_mul_ps(scales::<BITS>(record), _mm_set1_ps(x.scale));
+            let term = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), spread_rows(scales));
+            lanes = _mm512_add_ps(lanes, term);
+        }
+        // SAFETY: passed on.
+        unsafe { job.store(tile, 0, job.w.tile_row_scales(tile), &to_array(lanes)) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
+    let decoder = Decoder::<BITS>::new(&job.table);
+    let bytes = record_bytes(BITS);
+    let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
+    let panel = panel.weights.iter_mut().zip(&mut panel.scales);
+    for (record, (weights, scale)) in records.chunks_exact(bytes).zip(panel) {
+        prefetch(record);
+        for (weights, block) in weights
+            .as_chunks_mut::<GROUP>()
+            .0
+            .iter_mut()
+            .zip(decoder.record(record))
+        {
+            // SAFETY: 64 bytes are written to an array of 64 bytes.
+            unsafe { _mm512_storeu_si512(weights.as_mut_ptr().cast(), block) }
+        }
+        let scales = scales::<BITS>(record);
+        // SAFETY: 16 bytes are written to an array of four floats.
+        unsafe { _mm_storeu_ps(scale.as_mut_ptr(), scales) }
+    }
+}
+
+/// # Safety
+/// The CPU has the features of [`multiply_of`].
+unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
+    macro_rules! for_counts {
+        ($($tokens:literal)*) => {
+            match (panels.len(), x.tokens) {
+                // SAFETY: passed on.
+                $((1, $tokens) => unsafe { multiply_of::<1, $tokens>(panels, x, lanes) },)*
+                // SAFETY: passed on.
+                $((2, $tokens) => unsafe { multiply_of::<2, $tokens>(panels, x, lanes) },)*
+                (panels, tokens) => unreachable!("{panels} panels, {tokens} tokens"),
+            }
+        };
+    }
+    for_counts!(1 2 3 4 5 6 7 8);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+fn multiply_of<const PANELS: usize, const TOKENS: usize>(
+    panels: &[Panel],
+    x: &TokenBlock<'_>,
+    lanes: &mut [Lanes],
+) {
+    let panels: [&Panel; PANELS] = std::array::from_fn(|p| &panels[p]);
+    let mut totals = [[_mm512_setzero_ps(); TOKENS]; PANELS];
+    for (totals, lanes) in totals.iter_mut().zip(&*lanes) {
+        for (total, lanes) in totals.iter_mut().zip(&lanes.0[x.first..]) {
+            // SAFETY: an array of 16 floats is read.
+            *total = unsafe { _mm512_loadu_ps(lanes.as_ptr()) };
+        }
+    }
+    for (g, x) in x.groups.as_chunks::<TOKENS>().0.iter().enumerate() {
+        let mut weights = [[_mm512_setzero_si512(); BLOCKS]; PANELS];
+        let mut scales = [_mm512_setzero_ps(); PANELS];
+        for p in 0..PANELS {
+            weights[p] = load_weights(&panels[p].weights[g]);
+            // SAFETY: an array of four floats is read.
+            scales[p] = spread_rows(unsafe { _mm_loadu_ps(panels[p].scales[g].as_ptr()) });
+        }
+        for t in 0..TOKENS {
+            let scale = _mm512_set1_ps(x[t].scale);
+            for p in 0..PANELS {
+                let sums = _mm512_cvtepi32_ps(dot(&weights[p], &x[t]));
+                totals[p][t] =
+                    _mm512_add_ps(totals[p][t], _mm512_mul_ps(sums, _mm512_mul_ps(scales[p], scale)));
+            }
+        }
+    }
+    for (totals, lanes) in totals.iter().zip(lanes) {
+        for (total, lanes) in totals.iter().zip(&mut lanes.0[x.first..]) {
+            *lanes = to_array(*total);
+        }
+    }
+}
+
+/// Bytes that hold the codes of each 64-bit lane: `bits` bytes from `bits · lane` on (the rest do not matter).
+const fn spread_indices(bits: usize) -> [u8; 64] {
+    let mut indices = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        let in_lane = if i % 8 < bits { i % 8 } else { bits - 1 };
+        indices[i] = (bits * (i / 8) + in_lane) as u8;
+        i += 1;
+    }
+    indices
+}
+
+/// First bit of each code in its 64-bit lane.
+const fn shift_counts(bits: usize) -> [u8; 64] {
+    let mut counts = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        counts[i] = (bits * (i % 8)) as u8;
+        i += 1;
+    }
+    counts
+}
+
+/// Turns codes into `value + 128`; see the module.
+#[derive(Clone, Copy)]
+struct Decoder<const BITS: usize> {
+    spread: __m512i,
+    shift: __m512i,
+    table: __m512i,
+}
+
+impl<const BITS: usize> Decoder<BITS> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(table: &[i8; 64]) -> Self {
+        let [spread, shift] = const { [spread_indices(BITS), shift_counts(BITS)] };
+        // SAFETY: arrays of 64 bytes are read.
+        let load = |bytes: *const u8| unsafe { _mm512_loadu_si512(bytes.cast()) };
+        let table = load(table.as_ptr().cast());
+        Decoder {
+            spread: load(spread.as_ptr()),
+            shift: load(shift.as_ptr()),
+            table: _mm512_xor_si512(table, _mm512_set1_epi8(i8::MIN)),
+        }
+    }
+
+    /// The weights of a record, 16 columns of the four rows in each register.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    fn record(&self, record: &[u8]) -> [__m512i; BLOCKS] {
+        [
+            self.block::<0>(record),
+            self.block::<1>(record),
+            self.block::<2>(record),
+            self.block::<3>(record),
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    fn block<const BLOCK: usize>(&self, record: &[u8]) -> __m512i {
+        let raw = load_block::<BITS, BLOCK>(record);
+        if BITS == 8 {
+            return raw;
+        }
+        let lanes = _mm512_permutexvar_epi8(self.spread, raw);
+        let codes = _mm512_multishift_epi64_epi8(self.shift, lanes);
+        _mm512_permutexvar_epi8(codes, self.table)
+    }
+}
+
+/// The `8 · BITS` bytes of a block of a record; what lies above them in the register is left open. Reads nothing
+/// outside the record.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn load_block<const BITS: usize, const BLOCK: usize>(record: &[u8]) -> __m512i {
+    let (used, offset) = (8 * BITS, 8 * BITS * BLOCK);
+    assert!(record.len() == record_bytes(BITS));
+    // Narrow loads where they do: they cross fewer cache lines.
+    // SAFETY: the offset is inside the record, and each load either ends inside it or is masked to the `used`
+    // bytes, which do (`offset + used ≤ 32 · BITS`).
+    unsafe {
+        let from = record.as_ptr().add(offset);
+        match BITS {
+            2 => _mm512_castsi128_si512(_mm_loadu_si128(from.cast())),
+            3 | 4 if offset + 32 <= record_bytes(BITS) => {
+                _mm512_castsi256_si512(_mm256_loadu_si256(from.cast()))
+            }
+            3 => _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1 << used) - 1, from.cast())),
+            _ if offset + 64 <= record_bytes(BITS) => _mm512_loadu_si512(from.cast()),
+            _ => _mm512_maskz_loadu_epi8((1 << used) - 1, from.cast()),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_weights(weights: &[u8; TILE_WEIGHTS]) -> [__m512i; BLOCKS] {
+    let blocks = weights.as_chunks::<GROUP>().0;
+    // SAFETY: an array of 64 bytes is read.
+    std::array::from_fn(|q| unsafe { _mm512_loadu_si512(blocks[q].as_ptr().cast()) })
+}
+
+/// The exact sums `S [row][lane]` of one group and token.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot(weights: &[__m512i; BLOCKS], x: &ActivationGroup) -> __m512i {
+    // SAFETY: arrays of 16 bytes are read.
+    let broadcast = |from: *const i8| unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(from.cast())) };
+    let mut sums = broadcast(x.correction.as_ptr().cast());
+    for (weights, codes) in weights.iter().zip(x.codes.as_chunks::<16>().0) {
+        sums = _mm512_dpbusd_epi32(sums, *weights, broadcast(codes.as_ptr()));
+    }
+    sums
+}
+
+/// One value per row to `[row][lane]`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn spread_rows(rows: __m128) -> __m512 {
+    let indices = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    _mm512_permutexvar_ps(indices, _mm512_castps128_ps512(rows))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn to_array(lanes: __m512) -> [f32; 16] {
+    let mut array = [0.0; 16];
+    // SAFETY: 16 floats are written to an array of 16 floats.
+    unsafe { _mm512_storeu_ps(array.as_mut_ptr(), lanes) }
+    array
+}

@@ -1,0 +1,53 @@
+//! What the kernels for x86-64 share.
+
+use std::arch::x86_64::*;
+
+use crate::layout::TILE_ROWS;
+
+/// How far ahead of the stream to prefetch, in bytes.
+const AHEAD: usize = 2048;
+
+/// Calls `$function::<bits>` for the width of the job.
+macro_rules! for_width {
+    ($function:ident, $job:expr $(, $argument:expr)*) => {
+        match $job.w.shape().width.bits() {
+            2 => $function::<2>($job $(, $argument)*),
+            3 => $function::<3>($job $(, $argument)*),
+            4 => $function::<4>($job $(, $argument)*),
+            5 => $function::<5>($job $(, $argument)*),
+            6 => $function::<6>($job $(, $argument)*),
+            _ => $function::<8>($job $(, $argument)*),
+        }
+    };
+}
+pub(super) use for_width;
+
+/// Bytes of codes in a record of a width.
+pub(super) const fn code_bytes(bits: usize) -> usize {
+    32 * bits
+}
+
+/// Bytes of a record of a width.
+pub(super) const fn record_bytes(bits: usize) -> usize {
+    code_bytes(bits) + TILE_ROWS
+}
+
+/// The four scale codes of a record as floats.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn scales<const BITS: usize>(record: &[u8]) -> __m128 {
+    let codes = record[code_bytes(BITS)..]
+        .first_chunk()
+        .map_or(0, |codes| i32::from_le_bytes(*codes));
+    _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(codes)))
+}
+
+/// Asks for what lies [`AHEAD`] bytes after the record. A hint, which never faults, also beyond the end of the
+/// stream.
+#[inline]
+#[target_feature(enable = "sse")]
+pub(super) fn prefetch(record: &[u8]) {
+    for offset in (0..record.len()).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(record.as_ptr().wrapping_add(AHEAD + offset).cast());
+    }
+}
