@@ -13,7 +13,7 @@ const TOKENS: &str = "tokenizer.ggml.tokens";
 const SCORES: &str = "tokenizer.ggml.scores";
 const KINDS: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
-const MODELS: &str = "gpt2, llama, gemma4, t5";
+const MODELS: &str = "gpt2, llama, gemma4";
 
 /// Reads the vocabulary, unchecked.
 ///
@@ -44,9 +44,6 @@ pub(crate) fn read(origin: &Path, metadata: &BTreeMap<String, Value>) -> Result<
             }
         }
         "llama" => Algorithm::SentencePiece,
-        "t5" => Algorithm::Unigram {
-            charsmap: keys.bytes("tokenizer.ggml.precompiled_charsmap")?,
-        },
         other => return Err(keys.unsupported("tokenizer model", other, MODELS.into())),
     };
     let kinds = match keys.integers(KINDS)? {
@@ -61,7 +58,6 @@ pub(crate) fn read(origin: &Path, metadata: &BTreeMap<String, Value>) -> Result<
     let (add_bos, add_eos) = match &algorithm {
         Algorithm::Bpe { pre, .. } => (pre.add_bos, false),
         Algorithm::SentencePiece => (true, false),
-        Algorithm::Unigram { .. } => (false, true),
     };
     let spaced = !matches!(algorithm, Algorithm::Bpe { .. });
     let roles = keys.roles(&algorithm, tokens.len())?;
@@ -182,15 +178,6 @@ impl<'a> Keys<'a> {
         })
     }
 
-    fn bytes(&self, key: &str) -> Result<Vec<u8>, TextError> {
-        let bytes = self.typed(key, "an array of bytes", |v| match v.as_array()? {
-            Array::U8(v) => Some(v.clone()),
-            Array::I8(v) => Some(v.iter().map(|x| x.cast_unsigned()).collect()),
-            _ => None,
-        })?;
-        Ok(bytes.unwrap_or_default())
-    }
-
     fn pre_tokenizer(&self, name: &str) -> Result<&'static PreTokenizer, TextError> {
         PreTokenizer::by_name(name).ok_or_else(|| {
             self.unsupported(
@@ -234,12 +221,6 @@ impl<'a> Keys<'a> {
                 eos: Some(2),
                 unk: Some(0),
                 pad: None,
-            },
-            Algorithm::Unigram { .. } => Roles {
-                bos: None,
-                eos: Some(1),
-                unk: Some(2),
-                pad: Some(0),
             },
         };
         let role = |name: &str, default: Option<u32>| {

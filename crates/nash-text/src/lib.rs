@@ -10,6 +10,8 @@
 //!   ([`Tokenizer::encode_prompt`]);
 //! - whatever a file holds, the outcome is a tokenizer or a [`TextError`], never a panic.
 
+#[cfg(test)]
+mod attacks;
 mod chat;
 mod error;
 mod folder;

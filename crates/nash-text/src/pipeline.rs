@@ -10,7 +10,6 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::models::unigram::Unigram;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 /// SentencePiece's visible space.
@@ -43,10 +42,6 @@ pub(crate) fn build(mut vocabulary: Vocabulary) -> Result<Source, TextError> {
             byte_pairs(&vocabulary, pre, merges)?
         }
         Algorithm::SentencePiece => sentence_piece(&vocabulary)?,
-        Algorithm::Unigram { charsmap } => {
-            let charsmap = std::mem::take(charsmap);
-            unigram(&vocabulary, &charsmap)?
-        }
     };
     let refused = |e| failed(&vocabulary.origin, e);
     pipeline.add_tokens(specials).map_err(refused)?;
@@ -150,6 +145,9 @@ fn byte_pairs(
         let mut pipeline = tokenizers::Tokenizer::new(builder.build()?);
         let steps = json!({"type": "Sequence", "pretokenizers": steps});
         pipeline.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(steps)?));
+        if pre.nfc {
+            pipeline.with_normalizer(Some(part::<NormalizerWrapper>(json!({"type": "NFC"}))?))?;
+        }
         if metaspace {
             visible_spaces(&mut pipeline, false)?;
         } else {
@@ -203,45 +201,9 @@ fn visible_spaces(pipeline: &mut tokenizers::Tokenizer, prefix: bool) -> tokeniz
     Ok(())
 }
 
-/// SentencePiece's unigram model (T5), normalized as the converters of `transformers` do.
-fn unigram(vocabulary: &Vocabulary, charsmap: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
-    let pieces = vocabulary
-        .tokens
-        .iter()
-        .cloned()
-        .zip(vocabulary.scores.iter().map(|&s| f64::from(s)))
-        .collect();
-    let byte_fallback = vocabulary.kinds.contains(&Kind::Byte);
-    let assemble = || {
-        let model = Unigram::from(pieces, vocabulary.roles.unk.map(|id| id as usize), byte_fallback)?;
-        let mut pipeline = tokenizers::Tokenizer::new(model);
-        let tidy = part::<NormalizerWrapper>(json!({"type": "Sequence", "normalizers": [
-            {"type": "Strip", "strip_left": false, "strip_right": true},
-            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE},
-        ]}))?;
-        let mut steps = vec![tidy];
-        if !charsmap.is_empty() {
-            let table = tokenizers::normalizers::Precompiled::from(charsmap).map_err(|e| e.to_string())?;
-            steps.insert(0, NormalizerWrapper::Precompiled(table));
-        }
-        let steps = tokenizers::normalizers::Sequence::new(steps);
-        pipeline.with_normalizer(Some(NormalizerWrapper::Sequence(steps)))?;
-        let scheme = if vocabulary.add_space_prefix {
-            "always"
-        } else {
-            "never"
-        };
-        let spaces =
-            json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": true});
-        pipeline.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(spaces.clone())?));
-        pipeline.with_decoder(Some(part::<DecoderWrapper>(spaces)?));
-        Ok(pipeline)
-    };
-    assemble().map_err(|e| failed(&vocabulary.origin, e))
-}
-
 /// The tokens that are found in a text before the algorithm runs.
 fn added_tokens(vocabulary: &Vocabulary) -> Vec<AddedToken> {
+    let spm = matches!(vocabulary.algorithm, Algorithm::SentencePiece);
     let added = |(id, token): (usize, &String)| {
         let special = match vocabulary.kinds[id] {
             Kind::Control | Kind::Unknown => true,
@@ -249,7 +211,10 @@ fn added_tokens(vocabulary: &Vocabulary) -> Vec<AddedToken> {
             Kind::Normal if stops::is_stop_mark(token) => true,
             Kind::Normal | Kind::Unused | Kind::Byte => return None,
         };
-        Some(AddedToken::from(token.clone(), special).normalized(false))
+        // SentencePiece finds runs of spaces after it has made them visible. (With a space put before the text, the
+        // library would put one before the token too.)
+        let spaces = spm && !vocabulary.add_space_prefix && !special && token.contains(' ');
+        Some(AddedToken::from(token.clone(), special).normalized(spaces))
     };
     vocabulary.tokens.iter().enumerate().filter_map(added).collect()
 }

@@ -23,6 +23,9 @@ pub(crate) struct PreTokenizer {
     pub(crate) splits: &'static [&'static str],
     /// A piece that is a token as a whole becomes that token, whatever the merges say.
     pub(crate) ignore_merges: bool,
+    /// The text is brought into Unicode's composed form (NFC) first. llama.cpp leaves this out; the models were
+    /// trained with it.
+    pub(crate) nfc: bool,
     /// Whether a beginning-of-sequence token is added when the file does not say.
     pub(crate) add_bos: bool,
     /// How tokens spell bytes.
@@ -34,6 +37,7 @@ const fn row(names: &'static [&'static str], splits: &'static [&'static str]) ->
         names,
         splits,
         ignore_merges: false,
+        nfc: false,
         add_bos: false,
         alphabet: Alphabet::ByteLevel,
     }
@@ -47,6 +51,11 @@ impl PreTokenizer {
 
     const fn adding_bos(mut self) -> Self {
         self.add_bos = true;
+        self
+    }
+
+    const fn composing(mut self) -> Self {
+        self.nfc = true;
         self
     }
 
@@ -87,15 +96,18 @@ const DEEPSEEK_LETTERS: &str = r"\s?[A-Za-z\x{B5}\x{C0}-\x{D6}\x{D8}-\x{F6}\x{F8
 static TABLE: &[PreTokenizer] = &[
     row(&["default"], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"]),
     row(&["gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert",
-        "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"], &[GPT2]),
-    row(&["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"], &[r"\p{N}", GPT2]),
+        "jais", "trillion", "granite-docling", "exaone4"], &[GPT2]),
+    row(&["mpt", "olmo"], &[GPT2]).composing(),
+    row(&["command-r"], &[r"\p{N}", GPT2]).composing(),
+    row(&["smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"], &[r"\p{N}", GPT2]),
     row(&["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"],
         &[LLAMA3]).ignoring_merges().adding_bos(),
     row(&["dbrx", "smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
     row(&["glm4", "glm5"], &[LLAMA3]).ignoring_merges(),
     row(&["minicpm5"], &[r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"])
         .ignoring_merges(),
-    row(&["qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"], &[QWEN2]),
+    row(&["qwen2"], &[QWEN2]).composing(),
+    row(&["deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"], &[QWEN2]),
     row(&["qwen35"], &[r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]),
     row(&["ufakzeka"], &[r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]),
     row(&["laguna"], &[LINES, QWEN2]),

@@ -58,8 +58,6 @@ pub(crate) enum Algorithm {
     },
     /// SentencePiece's byte pair encoding: the pair whose union has the highest score is joined first.
     SentencePiece,
-    /// SentencePiece's unigram model, with its compiled normalization table (may be empty).
-    Unigram { charsmap: Vec<u8> },
 }
 
 /// Ids of tokens with a role; all in range after [`Vocabulary::check`].

@@ -48,25 +48,54 @@ fn published_vectors_of_llama_cpp() {
             .lines()
             .map(|line| line.split_whitespace().map(|id| id.parse().unwrap()).collect())
             .collect();
-        let mut wrong = 0;
         for (text, ids) in texts.iter().zip(&expected) {
-            let got = tokenizer.encode(text, false).unwrap();
-            if got != *ids {
-                wrong += 1;
-                println!(
-                    "  {}: {text:?}\n    expected {ids:?}\n    got      {got:?}",
-                    path.display()
-                );
-            }
+            assert_eq!(
+                tokenizer.encode(text, false).unwrap(),
+                *ids,
+                "{}: {text:?}",
+                path.display()
+            );
         }
-        println!(
-            "  {}: {} of {} texts agree",
-            path.display(),
-            expected.len() - wrong,
-            expected.len()
-        );
-        if wrong > 0 {
-            println!("WRONG")
+        println!("  {}: {} texts agree", path.display(), expected.len());
+    }
+}
+
+#[test]
+fn saving_keeps_every_token_and_every_text() {
+    let texts = include_str!("fixtures/texts.json");
+    let texts: Vec<String> = serde_json::from_str(texts).unwrap();
+    for path in models("saving_keeps_every_token_and_every_text") {
+        let Some(tokenizer) = open(&path) else { continue };
+        let dir = tempfile::tempdir().unwrap();
+        tokenizer.save(dir.path()).unwrap();
+        let loaded = Tokenizer::from_folder(dir.path()).unwrap();
+        assert_eq!(tokenizer.vocab_size(), loaded.vocab_size());
+        assert_eq!(tokenizer.end_of_generation(), loaded.end_of_generation());
+        assert!((tokenizer.bos(), tokenizer.eos()) == (loaded.bos(), loaded.eos()));
+        for id in 0..tokenizer.vocab_size() as u32 {
+            assert_eq!(
+                tokenizer.id_to_bytes(id),
+                loaded.id_to_bytes(id),
+                "{}: token {id}",
+                path.display()
+            );
         }
+        for text in &texts {
+            let ids = tokenizer.encode_prompt(text, true).unwrap();
+            assert_eq!(
+                ids,
+                loaded.encode_prompt(text, true).unwrap(),
+                "{}: {text:?}",
+                path.display()
+            );
+            let plain = tokenizer.encode(text, false).unwrap();
+            assert!(
+                plain
+                    .iter()
+                    .all(|&id| !tokenizer.end_of_generation().contains(&id)),
+                "{text:?}"
+            );
+        }
+        println!("  {}: {} tokens kept", path.display(), tokenizer.vocab_size());
     }
 }

@@ -171,6 +171,10 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", json::tojson);
+        environment.add_test("iterable", |value: &Value| {
+            use minijinja::value::ValueKind::{Iterable, Map, Seq, String, Undefined};
+            matches!(value.kind(), Iterable | Map | Seq | String | Undefined) // as in Python; minijinja counts none in
+        });
         environment.add_function(
             "raise_exception",
             |message: String| -> Result<Value, minijinja::Error> {
