@@ -1,0 +1,179 @@
+//! `bench`: tokens per second.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, ensure};
+use clap::{Args, value_parser};
+use nash_eval::report::{Report, Row};
+use nash_eval::{EvalError, ModelScorer, SpeedOptions, SpeedReport, memory, read_bandwidth, speed};
+
+use crate::args::{Json, ModelArg};
+use crate::sizes::size_report;
+use crate::table::table;
+use crate::ui::{Ui, Unit};
+use crate::{format, interrupt, model};
+
+/// Measure prefill and decode speed, as llama-bench does
+///
+/// Medians over the repeats; a warm-up comes first and is not counted. The share of bandwidth is the weight bytes read
+/// per second of decode over what plain reads reach in the same run. Measure on a quiet machine.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  nashswarm bench small
+  nashswarm bench small -p 512 -n 128 -t 1,2,4 -r 5 --json speed.json")]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    model: ModelArg,
+    /// Prompt tokens; 0 leaves prefill out
+    #[arg(short = 'p', long, value_name = "N", default_value_t = 512)]
+    n_prompt: usize,
+    /// Generated tokens; 0 leaves decode out
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    n_gen: usize,
+    /// Numbers of threads [default: all cores]
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', value_parser = value_parser!(u16).range(1..))]
+    threads: Vec<u16>,
+    /// Repeats
+    #[arg(short, long, value_name = "N", default_value_t = 5)]
+    repetitions: usize,
+    #[command(flatten)]
+    json: Json,
+}
+
+impl Bench {
+    pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
+        let threads = if self.threads.is_empty() {
+            vec![0]
+        } else {
+            self.threads.clone()
+        };
+        let rows = match threads[..] {
+            [threads] => vec![self.measure(threads, ui)?],
+            _ => self.measure_apart(&threads)?,
+        };
+        let report = Report { rows };
+        self.json.write(&report)?;
+        if !self.json.replaces_table() {
+            print(&report);
+        }
+        Ok(())
+    }
+
+    /// Measures with this many threads; 0 for all cores.
+    fn measure(&self, threads: u16, ui: &Ui) -> anyhow::Result<Row> {
+        nash_kernels::pool::set_threads(threads.into())?;
+        let loaded = model::load(self.model.path(), ui)?;
+        let options = SpeedOptions {
+            prompt_tokens: self.n_prompt,
+            generate_tokens: self.n_gen,
+            repeats: self.repetitions,
+        };
+        let title = format!("{}, threads: {}", loaded.name(), nash_kernels::pool::threads());
+        ui.begin(&title, passes(options), Unit::Steps);
+        let mut tick = || {
+            ui.step(1);
+            if interrupt::stopped() {
+                Err(EvalError::Cancelled)
+            } else {
+                Ok(())
+            }
+        };
+        let mut scorer = ModelScorer::new(&loaded.model);
+        let mut report = speed(&mut scorer, options, &mut tick)?;
+        // Before the bandwidth is measured: that takes memory of its own.
+        let (peak, resident) = (memory::peak_bytes(), memory::resident_bytes());
+        if let Some(rate) = report.decode_tokens_per_second {
+            let bytes = scorer.bytes_per_token();
+            report.bytes_per_token = Some(bytes);
+            report.bandwidth_share = Some(rate * bytes as f64 / read_bandwidth(5));
+        }
+        ui.finish();
+        Ok(Row {
+            name: loaded.name(),
+            size: Some(size_report(&loaded.file)?),
+            speed: Some(report),
+            load_seconds: Some(loaded.load_seconds),
+            peak_memory_bytes: peak,
+            resident_memory_bytes: resident,
+            ..Row::default()
+        })
+    }
+
+    /// Measures each number of threads in a process of its own: the threads of a process are as many from start to end.
+    fn measure_apart(&self, threads: &[u16]) -> anyhow::Result<Vec<Row>> {
+        let program = std::env::current_exe().context("cannot find this program to run it again")?;
+        let mut rows = Vec::new();
+        for count in threads {
+            interrupt::check()?;
+            let output = Command::new(&program)
+                .arg("bench")
+                .arg(self.model.path())
+                .args(["--json", "-", "-t", &count.to_string()])
+                .args(["-p", &self.n_prompt.to_string(), "-n", &self.n_gen.to_string()])
+                .args(["-r", &self.repetitions.to_string()])
+                .stderr(Stdio::inherit())
+                .output()?;
+            interrupt::check()?;
+            ensure!(
+                output.status.success(),
+                "the measurement with {count} threads failed"
+            );
+            let report: Report = serde_json::from_slice(&output.stdout)?;
+            rows.extend(report.rows);
+        }
+        Ok(rows)
+    }
+}
+
+/// Passes of a measurement, warm-up included.
+fn passes(options: SpeedOptions) -> u64 {
+    let kinds = u64::from(options.prompt_tokens > 0) + u64::from(options.generate_tokens > 0);
+    kinds * (options.repeats as u64 + 1)
+}
+
+fn print(report: &Report) {
+    let mut table = table(&[
+        "model",
+        "file",
+        "threads",
+        "prefill tok/s",
+        "decode tok/s",
+        "of bandwidth",
+        "resident",
+        "load",
+    ]);
+    for row in &report.rows {
+        let Some(speed) = &row.speed else { continue };
+        table.add_row([
+            row.name.clone(),
+            row.size
+                .as_ref()
+                .map(|size| format::bytes(size.file_bytes))
+                .unwrap_or_default(),
+            speed.threads.to_string(),
+            rate(speed.prefill_tokens_per_second, &speed.prefill_samples),
+            rate(speed.decode_tokens_per_second, &speed.decode_samples),
+            share(speed),
+            row.resident_memory_bytes.map(format::bytes).unwrap_or_default(),
+            format!("{:.2} s", row.load_seconds.unwrap_or_default()),
+        ]);
+    }
+    println!("{table}");
+}
+
+/// Median with the range of the repeats.
+fn rate(median: Option<f64>, samples: &[f64]) -> String {
+    let Some(median) = median else {
+        return String::new();
+    };
+    let low = samples.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = samples.iter().copied().fold(0.0, f64::max);
+    format!("{median:.1} ({low:.1}–{high:.1})")
+}
+
+fn share(speed: &SpeedReport) -> String {
+    speed
+        .bandwidth_share
+        .map(|share| format!("{:.0} %", 100.0 * share))
+        .unwrap_or_default()
+}

@@ -1,0 +1,305 @@
+//! `compress`: makes a packed model.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{ArgGroup, Args, ValueEnum, value_parser};
+use nash_eval::memory;
+use nash_eval::report::{Report, Row};
+use nash_kernels::Width;
+use nash_models::ModelConfig;
+use nash_quant::{Budget, CompressOptions, Method};
+
+use crate::args::{Json, Threads};
+use crate::calibration::{Source, calibration};
+use crate::commands::plan::plan_table;
+use crate::model::Loaded;
+use crate::sizes::size_report;
+use crate::table::table;
+use crate::ui::Ui;
+use crate::{format, model};
+
+/// Compress a model to a budget: bits per weight, a file size, or what fits this machine
+///
+/// The budget counts the whole file: every tensor, scale, codebook, embedding and header. Which tensor gets how many bits
+/// is decided by a market, how each weight is rounded by a game; both end in an equilibrium that is checked and that
+/// `verify` can check again. The same seed gives the same bytes for any number of threads.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("budget").args(["bpw", "size", "fit_ram"]))]
+#[command(after_help = "Examples:
+  nashswarm compress model.gguf -o small                         4.25 bits per weight
+  nashswarm compress model.gguf -o small --bpw 3 --dry-run       what would come out, at what cost
+  nashswarm compress ./Llama-3.2-1B -o small --size 500MB --calibration text.txt
+  nashswarm compress model.gguf -o small --tensor-type '*.down_proj=4' --tensor-type 'lm_head=6'
+  nashswarm compress model.gguf -o small --resume                go on after an interruption")]
+pub(crate) struct Compress {
+    /// Model to compress: GGUF file, model folder, or name of a fetched model
+    #[arg(value_name = "SOURCE")]
+    source: PathBuf,
+    /// Folder to write
+    #[arg(short, long, value_name = "DIR", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Bits per weight of the whole file [default: 4.25]
+    #[arg(long, value_name = "BITS", value_parser = bits)]
+    bpw: Option<f64>,
+    /// Size of the whole file, such as 48MB
+    #[arg(long, value_name = "SIZE", value_parser = format::parse_bytes)]
+    size: Option<u64>,
+    /// As large as runs comfortably in the memory that is free now
+    #[arg(long)]
+    fit_ram: bool,
+    /// Text to calibrate on: a file, `book` (comes with the program) or `self` (the model writes it)
+    #[arg(long, value_name = "FILE|book|self", default_value = "book", value_parser = value_parser!(Source))]
+    calibration: Source,
+    /// Tokens to calibrate on
+    #[arg(long, value_name = "N", default_value_t = 32768)]
+    calibration_tokens: usize,
+    /// Fix the width of tensors: PATTERN may have `*`, WIDTH is 2, 3, 4, 5, 6 or 8; the first match counts
+    #[arg(long, value_name = "PATTERN=WIDTH", value_parser = tensor_type)]
+    tensor_type: Vec<(String, Width)>,
+    /// How weights are rounded
+    #[arg(long, value_enum, default_value_t = Rounding::Nash)]
+    method: Rounding,
+    /// Seed of every random choice
+    #[arg(short, long, value_name = "N", default_value_t = 0, env = "NASHSWARM_SEED")]
+    seed: u64,
+    #[command(flatten)]
+    threads: Threads,
+    /// Show what would come out, and its cost in time and memory; write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Go on where an interrupted compression stopped
+    #[arg(long)]
+    resume: bool,
+    /// Replace the folder if it exists
+    #[arg(long, conflicts_with = "resume")]
+    force: bool,
+    #[command(flatten)]
+    json: Json,
+}
+
+/// Names of the methods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Rounding {
+    /// The games
+    Nash,
+    /// Baseline: nearest level of a uniform grid, one width everywhere
+    Rtn,
+    /// Baseline: GPTQ with act-order on a uniform grid, one width everywhere
+    Gptq,
+}
+
+impl From<Rounding> for Method {
+    fn from(rounding: Rounding) -> Self {
+        match rounding {
+            Rounding::Nash => Self::Nash,
+            Rounding::Rtn => Self::RoundToNearest,
+            Rounding::Gptq => Self::Gptq,
+        }
+    }
+}
+
+impl Compress {
+    pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
+        self.threads.apply()?;
+        if self.dry_run {
+            return self.plan();
+        }
+        // Without --dry-run clap requires the option.
+        let out = self.output.clone().unwrap_or_default();
+        let loaded = model::load(&self.source, ui)?;
+        let options = self.options(&loaded, ui)?;
+        let report = compress(&loaded, &out, &options, ui)?;
+        let row = row(&out, &report)?;
+        self.json.write(&Report { rows: vec![row] })?;
+        if !self.json.replaces_table() {
+            print(&out, &report)?;
+        }
+        Ok(())
+    }
+
+    /// Shows what would come out.
+    fn plan(&self) -> anyhow::Result<()> {
+        let (_, file) = model::open(&self.source)?;
+        let config = model::config(&file)?;
+        let options = CompressOptions {
+            budget: self.budget(&config)?,
+            tensor_types: self.tensor_type.clone(),
+            method: self.method.into(),
+            ..CompressOptions::default()
+        };
+        let plan = nash_quant::plan(&config, &options)?;
+        self.json.write(&plan)?;
+        if !self.json.replaces_table() {
+            println!("{}", plan_table(std::slice::from_ref(&plan)));
+            println!("nothing was written");
+        }
+        Ok(())
+    }
+
+    fn options(&self, loaded: &Loaded, ui: &Ui) -> anyhow::Result<CompressOptions> {
+        let calibration = calibration(&self.calibration, loaded, self.calibration_tokens, self.seed, ui)?;
+        Ok(CompressOptions {
+            budget: self.budget(loaded.model.config())?,
+            method: self.method.into(),
+            tensor_types: self.tensor_type.clone(),
+            seed: self.seed,
+            calibration,
+            resume: self.resume,
+            force: self.force,
+            ..CompressOptions::default()
+        })
+    }
+
+    fn budget(&self, config: &ModelConfig) -> anyhow::Result<Budget> {
+        if let Some(bytes) = self.size {
+            return Ok(Budget::Bytes(bytes));
+        }
+        if self.fit_ram {
+            return fit_memory(config);
+        }
+        Ok(self
+            .bpw
+            .map_or(CompressOptions::default().budget, Budget::BitsPerWeight))
+    }
+}
+
+/// Three quarters of the free memory, less a cache of 4096 tokens; 8 bits per weight at the most.
+fn fit_memory(config: &ModelConfig) -> anyhow::Result<Budget> {
+    let free = memory::available_bytes().context("this system does not tell how much memory is free")?;
+    let cache = config.kv_bytes_per_token() as u64 * config.context_length.min(4096) as u64;
+    let room = (free / 4 * 3).saturating_sub(cache);
+    let widest = CompressOptions {
+        budget: Budget::BitsPerWeight(8.25),
+        ..CompressOptions::default()
+    };
+    let widest = nash_quant::plan(config, &widest)?.budget_bytes;
+    Ok(Budget::Bytes(room.min(widest)))
+}
+
+/// Compresses a loaded model.
+pub(crate) fn compress(
+    loaded: &Loaded,
+    out: &Path,
+    options: &CompressOptions,
+    ui: &Ui,
+) -> anyhow::Result<nash_quant::Report> {
+    let save = |dir: &Path| Ok(loaded.tokenizer.save(dir)?);
+    let report = nash_quant::compress(&loaded.file, &save, out, options, ui)
+        .with_context(|| format!("cannot compress {}", loaded.path.display()))?;
+    ui.finish();
+    Ok(report)
+}
+
+/// The figures of a finished folder.
+pub(crate) fn row(out: &Path, report: &nash_quant::Report) -> anyhow::Result<Row> {
+    let (_, file) = model::open(out)?;
+    Ok(Row {
+        name: model::name(out),
+        size: Some(size_report(&file)?),
+        compress_seconds: report.compress_seconds,
+        max_regret: Some(report.max_regret),
+        peak_memory_bytes: memory::peak_bytes(),
+        ..Row::default()
+    })
+}
+
+fn print(out: &Path, report: &nash_quant::Report) -> anyhow::Result<()> {
+    let texts = tokenizer_bytes(out);
+    println!(
+        "{}: {} ({:.3} bits per weight over the whole file, {:.3} over the weight matrices); tokenizer texts apart: {}",
+        out.display(),
+        format::bytes(report.file_bytes),
+        report.file_bits_per_weight,
+        report.linear_bits_per_weight,
+        format::bytes(texts)
+    );
+    let seconds = Duration::from_secs_f64(report.compress_seconds.unwrap_or_default());
+    println!(
+        "took {}, {} of memory at most; {} bytes of the budget unspent",
+        format::duration(seconds),
+        memory::peak_bytes().map_or("an unknown amount".into(), format::bytes),
+        format::count(report.unspent_bytes)
+    );
+    if report.method == Method::Nash {
+        println!(
+            "equilibrium: largest regret {:.2e}, {} players unsettled; `nashswarm verify {} --source …` checks it again",
+            report.max_regret,
+            report.unsettled,
+            out.display()
+        );
+    }
+    let mut widths = BTreeMap::<usize, u64>::new();
+    report
+        .rows
+        .iter()
+        .for_each(|row| *widths.entry(row.bits).or_default() += 1);
+    let mut table = table(&["width", "tensors", "mean layer error"]);
+    for (bits, count) in widths {
+        let errors = report
+            .rows
+            .iter()
+            .filter(|row| row.bits == bits)
+            .map(|row| row.error);
+        let mean = errors.sum::<f64>() / count as f64;
+        table.add_row([format!("{bits}-bit"), count.to_string(), format!("{mean:.5}")]);
+    }
+    println!("{table}");
+    Ok(())
+}
+
+/// Bytes of the tokenizer's files in a folder.
+fn tokenizer_bytes(dir: &Path) -> u64 {
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ]
+    .iter()
+    .filter_map(|name| std::fs::metadata(dir.join(name)).ok())
+    .map(|data| data.len())
+    .sum()
+}
+
+fn bits(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(bits) if (2.0..=16.0).contains(&bits) => Ok(bits),
+        _ => Err("give a number between 2 and 16".into()),
+    }
+}
+
+fn tensor_type(text: &str) -> Result<(String, Width), String> {
+    let (pattern, width) = text.rsplit_once('=').ok_or("write it as PATTERN=WIDTH")?;
+    let bits: u8 = width.parse().map_err(|_| format!("`{width}` is not a width"))?;
+    let width = Width::new(bits).ok_or(format!("{bits} bits is not a width; use 2, 3, 4, 5, 6 or 8"))?;
+    if pattern.is_empty() {
+        return Err("the pattern is empty".into());
+    }
+    Ok((pattern.to_owned(), width))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensor_types() {
+        assert_eq!(
+            tensor_type("*.q_proj=3").unwrap(),
+            ("*.q_proj".to_owned(), Width::new(3).unwrap())
+        );
+        for bad in ["x", "x=", "x=7", "=3", "x=three"] {
+            assert!(tensor_type(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn bits_of_a_budget() {
+        assert_eq!(bits("4.25"), Ok(4.25));
+        for bad in ["1.9", "17", "NaN", "four", "-3"] {
+            assert!(bits(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! `eval`: perplexity, and divergence from a reference, over a text.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nash_eval::report::{Report, Row};
+use nash_eval::{ModelScorer, Scorer, Windows, memory};
+use nash_text::Tokenizer;
+
+use crate::args::{Json, Threads};
+use crate::model::{self, Loaded};
+use crate::sizes::size_report;
+use crate::table::eval_table;
+use crate::ui::{Ui, Unit};
+use crate::{interrupt, texts};
+
+/// Measure perplexity, and what was lost against a reference
+///
+/// Windows, scored positions and errors are those of llama-perplexity, so the figures can be compared with its figures on the
+/// same text. KL is the divergence of the model's predictions from the reference's, in nats; top-1 is how often both
+/// prefer the same token.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  nashswarm eval small --reference model.gguf --text wiki.test.raw
+  nashswarm eval small medium --reference model.gguf --chunks 20 --json report.json
+  nashswarm eval model.gguf --text book.txt --ctx 2048        perplexity alone")]
+pub(crate) struct Eval {
+    /// Models to measure
+    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
+    models: Vec<PathBuf>,
+    /// The same as MODEL
+    #[arg(short = 'm', long = "model", value_name = "MODEL", hide_short_help = true)]
+    model_option: Vec<PathBuf>,
+    /// Model that the others are compared with, usually the source they were made from
+    #[arg(short, long, value_name = "SOURCE")]
+    reference: Option<PathBuf>,
+    /// Text to measure on [default: a book that comes with the program]
+    #[arg(short = 'f', long, visible_alias = "file", value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens in a window
+    #[arg(
+        short,
+        long,
+        visible_alias = "ctx-size",
+        value_name = "N",
+        default_value_t = 512
+    )]
+    ctx: usize,
+    /// Windows to measure [default: all of the text]
+    #[arg(long, value_name = "N")]
+    chunks: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
+    #[command(flatten)]
+    json: Json,
+}
+
+impl Eval {
+    pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
+        self.threads.apply()?;
+        let text = self.text.as_deref().map(model::read_text).transpose()?;
+        let text = text.as_deref().unwrap_or(texts::EVALUATION);
+        let models = self
+            .models
+            .iter()
+            .chain(&self.model_option)
+            .map(|path| model::load(path, ui))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let reference = self
+            .reference
+            .as_deref()
+            .map(|path| model::load(path, ui))
+            .transpose()?;
+        let Some(first) = reference.as_ref().or(models.first()) else {
+            return Ok(());
+        };
+        let windows = windows(&first.tokenizer, text, self.ctx, self.chunks)?;
+        let rows = match &reference {
+            Some(reference) => compare(reference, &models, &windows, ui)?,
+            None => measure(&models, &windows, ui)?,
+        };
+        let report = Report { rows };
+        self.json.write(&report)?;
+        if !self.json.replaces_table() {
+            println!("{}", eval_table(&report.rows));
+            println!("{}", protocol(&windows, self.text.as_deref()));
+        }
+        Ok(())
+    }
+}
+
+/// The windows of a text as `llama-perplexity` makes them.
+pub(crate) fn windows(
+    tokenizer: &Tokenizer,
+    text: &str,
+    ctx: usize,
+    chunks: Option<usize>,
+) -> anyhow::Result<Windows> {
+    let tokens = tokenizer.encode(text, true)?;
+    let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
+    Ok(Windows::new(tokens, ctx, chunks, bos)?)
+}
+
+/// Measures models against a reference, which becomes the first row.
+pub(crate) fn compare(
+    reference: &Loaded,
+    models: &[Loaded],
+    windows: &Windows,
+    ui: &Ui,
+) -> anyhow::Result<Vec<Row>> {
+    let mut source = ModelScorer::new(&reference.model);
+    let mut scorers: Vec<ModelScorer<'_>> = models
+        .iter()
+        .map(|loaded| ModelScorer::new(&loaded.model))
+        .collect();
+    let mut handles: Vec<&mut dyn Scorer> = scorers
+        .iter_mut()
+        .map(|scorer| scorer as &mut dyn Scorer)
+        .collect();
+    ui.begin("measuring", windows.count() as u64, Unit::Steps);
+    let reports = nash_eval::compare(&mut source, &mut handles, windows, &mut progress(ui))?;
+    ui.finish();
+    let mut rows = vec![row(reference)?];
+    rows[0].perplexity = reports.first().map(|report| report.reference());
+    for (loaded, report) in models.iter().zip(reports) {
+        rows.push(Row {
+            comparison: Some(report),
+            ..row(loaded)?
+        });
+    }
+    Ok(rows)
+}
+
+/// Perplexity of each model.
+fn measure(models: &[Loaded], windows: &Windows, ui: &Ui) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for loaded in models {
+        ui.begin(
+            &format!("measuring {}", loaded.name()),
+            windows.count() as u64,
+            Unit::Steps,
+        );
+        let mut scorer = ModelScorer::new(&loaded.model);
+        let perplexity = nash_eval::perplexity(&mut scorer, windows, &mut progress(ui))?;
+        ui.finish();
+        rows.push(Row {
+            perplexity: Some(perplexity),
+            ..row(loaded)?
+        });
+    }
+    Ok(rows)
+}
+
+fn row(loaded: &Loaded) -> anyhow::Result<Row> {
+    Ok(Row {
+        name: loaded.name(),
+        size: Some(size_report(&loaded.file)?),
+        load_seconds: Some(loaded.load_seconds),
+        peak_memory_bytes: memory::peak_bytes(),
+        ..Row::default()
+    })
+}
+
+fn progress(ui: &Ui) -> impl FnMut(usize, usize, f64) -> ControlFlow<()> {
+    |_, _, perplexity| {
+        ui.step(1);
+        ui.remark(format!("perplexity {perplexity:.2}"));
+        if interrupt::stopped() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+}
+
+fn protocol(windows: &Windows, text: Option<&Path>) -> String {
+    let text = text.map_or("the built-in book".into(), |path| path.display().to_string());
+    let (count, ctx, scored) = (windows.count(), windows.ctx(), windows.count() * windows.scored());
+    format!("{count} windows of {ctx} tokens of {text}, {scored} predictions scored")
+}
