@@ -12,8 +12,14 @@ use serde_json::{Map, Value, json};
 
 /// Any bytes are valid codes; the scales are small numbers.
 fn matrix(rows: usize, cols: usize, bits: u8, seed: usize) -> PackedMatrix {
-    let shape = PackedShape { rows, cols, width: Width::new(bits).unwrap() };
-    let stream = (0..shape.stream_bytes().unwrap()).map(|i| ((i + seed) * 31 % 251) as u8).collect();
+    let shape = PackedShape {
+        rows,
+        cols,
+        width: Width::new(bits).unwrap(),
+    };
+    let stream = (0..shape.stream_bytes().unwrap())
+        .map(|i| ((i + seed) * 31 % 251) as u8)
+        .collect();
     let row_scales = (0..rows).map(|r| f16::from_f32(0.01 * (r + 1) as f32)).collect();
     let codebook = (0..shape.width.codebook_len()).map(|i| i as i8 * 2 - 3).collect();
     PackedMatrix::new(shape, stream, row_scales, codebook).unwrap()
@@ -21,15 +27,33 @@ fn matrix(rows: usize, cols: usize, bits: u8, seed: usize) -> PackedMatrix {
 
 fn matrices() -> Vec<(String, PackedMatrix)> {
     let widths = [2, 3, 4, 5, 6, 8];
-    widths.map(|bits| (format!("layer.{bits}"), matrix(5 + usize::from(bits), 70, bits, 7))).into()
+    widths
+        .map(|bits| {
+            (
+                format!("layer.{bits}"),
+                matrix(5 + usize::from(bits), 70, bits, 7),
+            )
+        })
+        .into()
 }
 
 fn specs() -> Vec<TensorSpec> {
-    let mut specs = vec![TensorSpec::Float { name: "norm.weight".into(), dtype: DType::F32, shape: vec![3] }];
+    let mut specs = vec![TensorSpec::Float {
+        name: "norm.weight".into(),
+        dtype: DType::F32,
+        shape: vec![3],
+    }];
     for (name, matrix) in matrices() {
-        specs.push(TensorSpec::Packed { name, shape: matrix.as_ref().shape() });
+        specs.push(TensorSpec::Packed {
+            name,
+            shape: matrix.as_ref().shape(),
+        });
     }
-    specs.push(TensorSpec::Float { name: "embed.weight".into(), dtype: DType::F16, shape: vec![2, 2] });
+    specs.push(TensorSpec::Float {
+        name: "embed.weight".into(),
+        dtype: DType::F16,
+        shape: vec![2, 2],
+    });
     specs
 }
 
@@ -45,7 +69,10 @@ fn write(dir: &Path) -> Result<PackedFolder> {
     }
     writer.float("embed.weight", &[0.5, -1.0, 2.0, 0.1])?;
     writer.float("norm.weight", &[1.0, 1e-30, -2.5])?;
-    writer.finish(object(json!({"model_type": "test"})), object(json!({"budget": 3.0})))
+    writer.finish(
+        object(json!({"model_type": "test"})),
+        object(json!({"budget": 3.0})),
+    )
 }
 
 #[test]
@@ -62,9 +89,15 @@ fn what_is_written_is_read() {
         assert!(found.stream().is_mapped());
     }
     assert_eq!(folder.packed_tensors().len(), 6);
-    assert_eq!(folder.tensor("norm.weight").unwrap().to_f32().unwrap(), [1.0, 1e-30, -2.5]);
+    assert_eq!(
+        folder.tensor("norm.weight").unwrap().to_f32().unwrap(),
+        [1.0, 1e-30, -2.5]
+    );
     let rounded = f16::from_f32(0.1).to_f32();
-    assert_eq!(folder.tensor("embed.weight").unwrap().to_f32().unwrap(), [0.5, -1.0, 2.0, rounded]);
+    assert_eq!(
+        folder.tensor("embed.weight").unwrap().to_f32().unwrap(),
+        [0.5, -1.0, 2.0, rounded]
+    );
     assert_eq!(folder.config()["model_type"], "test");
     assert_eq!(
         folder.config()["quantization_config"]["tensors"]["layer.3"],
@@ -79,7 +112,10 @@ fn the_size_is_known_to_the_byte_before_anything_is_written() {
     let expected = PackedLayout::new(specs()).unwrap().file_bytes();
     let folder = write(dir.path()).unwrap();
     assert_eq!(folder.file_bytes(), expected);
-    assert_eq!(fs::metadata(dir.path().join("model.safetensors")).unwrap().len(), expected);
+    assert_eq!(
+        fs::metadata(dir.path().join("model.safetensors")).unwrap().len(),
+        expected
+    );
 }
 
 #[test]
@@ -92,9 +128,16 @@ fn the_same_tensors_give_the_same_bytes_in_any_order() {
         writer.packed(&name, matrix.as_ref()).unwrap();
     }
     writer.float("embed.weight", &[0.5, -1.0, 2.0, 0.1]).unwrap();
-    writer.finish(object(json!({"model_type": "test"})), object(json!({"budget": 3.0}))).unwrap();
+    writer
+        .finish(
+            object(json!({"model_type": "test"})),
+            object(json!({"budget": 3.0})),
+        )
+        .unwrap();
     for file in ["model.safetensors", "config.json", "nashswarm.json"] {
-        let [a, b] = dirs.each_ref().map(|dir| fs::read(dir.path().join(file)).unwrap());
+        let [a, b] = dirs
+            .each_ref()
+            .map(|dir| fs::read(dir.path().join(file)).unwrap());
         assert_eq!(hash::sha256(&a), hash::sha256(&b), "{file}");
     }
 }
@@ -107,12 +150,19 @@ fn the_file_is_valid_safetensors_for_the_reference_implementation() {
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     // Six streams, six row scales, five codebooks, two floats.
     assert_eq!(file.len(), 19);
-    assert_eq!(file.tensor("layer.4.packed").unwrap().data(), matrices()[2].1.as_ref().stream());
+    assert_eq!(
+        file.tensor("layer.4.packed").unwrap().data(),
+        matrices()[2].1.as_ref().stream()
+    );
     let header = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
     assert_eq!((8 + header) % 64, 0, "the data section is aligned");
     for (name, view) in file.tensors() {
         let offset = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        assert_eq!(offset % (view.dtype().bitsize() / 8), 0, "{name} is aligned to its elements");
+        assert_eq!(
+            offset % (view.dtype().bitsize() / 8),
+            0,
+            "{name} is aligned to its elements"
+        );
     }
 }
 
@@ -139,7 +189,10 @@ fn verify_finds_a_flipped_bit() {
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
-    let error = PackedFolder::open(dir.path()).unwrap().verify(|_| ()).unwrap_err();
+    let error = PackedFolder::open(dir.path())
+        .unwrap()
+        .verify(|_| ())
+        .unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Checksum { .. }), "{error}");
     assert!(error.tensor().is_some() && error.path() == Some(&path));
 }
@@ -179,7 +232,11 @@ fn an_unfinished_model_cannot_be_finished_and_the_old_one_stays() {
 fn a_new_model_replaces_the_old_one() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path()).unwrap();
-    let spec = TensorSpec::Float { name: "only".into(), dtype: DType::F32, shape: vec![1] };
+    let spec = TensorSpec::Float {
+        name: "only".into(),
+        dtype: DType::F32,
+        shape: vec![1],
+    };
     let mut writer = PackedWriter::create(dir.path(), PackedLayout::new([spec]).unwrap()).unwrap();
     writer.float("only", &[4.0]).unwrap();
     let folder = writer.finish(Map::new(), Map::new()).unwrap();
@@ -192,17 +249,41 @@ fn wrong_writes_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = PackedWriter::create(dir.path(), PackedLayout::new(specs()).unwrap()).unwrap();
     let error = writer.packed("layer.9", matrix(1, 1, 2, 0).as_ref()).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::MissingTensor { available: 6 }), "{error}");
-    let error = writer.packed("layer.3", matrix(8, 70, 4, 0).as_ref()).unwrap_err();
+    assert!(
+        matches!(error.kind(), ErrorKind::MissingTensor { available: 6 }),
+        "{error}"
+    );
+    let error = writer
+        .packed("layer.3", matrix(8, 70, 4, 0).as_ref())
+        .unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::ShapeMismatch { .. }), "{error}");
     let error = writer.float("norm.weight", &[1.0]).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::SizeMismatch { expected: 12, found: 4, .. }), "{error}");
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::SizeMismatch {
+                expected: 12,
+                found: 4,
+                ..
+            }
+        ),
+        "{error}"
+    );
     let error = writer.float("norm.weight", &[1.0, f32::NAN, 0.0]).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::NotFinite { index: 1, .. }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::NotFinite { index: 1, .. }),
+        "{error}"
+    );
     let error = writer.float("embed.weight", &[0.0, 0.0, 1e6, 0.0]).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::NotFinite { index: 2, .. }), "too large for F16: {error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::NotFinite { index: 2, .. }),
+        "too large for F16: {error}"
+    );
     let error = writer.float("layer.3.packed", &[1.0]).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::NotFloat { dtype: DType::U8 }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::NotFloat { dtype: DType::U8 }),
+        "{error}"
+    );
     writer.float("norm.weight", &[1.0; 3]).unwrap();
     let error = writer.float("norm.weight", &[1.0; 3]).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::DuplicateName { .. }), "{error}");
@@ -210,19 +291,40 @@ fn wrong_writes_are_refused() {
 
 #[test]
 fn wrong_layouts_are_refused() {
-    let float = |name: &str, dtype, shape| TensorSpec::Float { name: name.into(), dtype, shape };
+    let float = |name: &str, dtype, shape| TensorSpec::Float {
+        name: name.into(),
+        dtype,
+        shape,
+    };
     let packed = |rows, cols| TensorSpec::Packed {
         name: "p".into(),
-        shape: PackedShape { rows, cols, width: Width::new(2).unwrap() },
+        shape: PackedShape {
+            rows,
+            cols,
+            width: Width::new(2).unwrap(),
+        },
     };
     let kind = |specs: Vec<TensorSpec>| PackedLayout::new(specs).unwrap_err().to_string();
     assert!(kind(vec![float("a", DType::BF16, vec![1])]).contains("expected F16"));
-    assert!(kind(vec![float("a", DType::F32, vec![1]), float("a", DType::F16, vec![1])]).contains("twice"));
+    assert!(
+        kind(vec![
+            float("a", DType::F32, vec![1]),
+            float("a", DType::F16, vec![1])
+        ])
+        .contains("twice")
+    );
     assert!(kind(vec![packed(1, 1), float("p.packed", DType::F32, vec![1])]).contains("twice"));
     assert!(kind(vec![packed(0, 1)]).contains("dimension of zero"));
     assert!(kind(vec![packed(usize::MAX, usize::MAX)]).contains("overflows"));
     let half = vec![usize::MAX / 8];
-    assert!(kind((0..5).map(|i| float(&i.to_string(), DType::F32, half.clone())).collect()).contains("overflows"));
+    assert!(
+        kind(
+            (0..5)
+                .map(|i| float(&i.to_string(), DType::F32, half.clone()))
+                .collect()
+        )
+        .contains("overflows")
+    );
 }
 
 #[test]
@@ -231,22 +333,39 @@ fn a_folder_that_cannot_be_written_is_an_error_that_names_it() {
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     let error = PackedWriter::create(file.join("model"), PackedLayout::new([]).unwrap()).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::Io { action: "create", .. }),
+        "{error}"
+    );
     assert!(error.to_string().contains("file/model"), "{error}");
 }
 
 #[test]
 fn packed_tensors_with_bad_parts_are_refused() {
-    let shape = PackedShape { rows: 4, cols: 64, width: Width::new(2).unwrap() };
+    let shape = PackedShape {
+        rows: 4,
+        cols: 64,
+        width: Width::new(2).unwrap(),
+    };
     let new = |stream: usize, scales: &[f32], codebook: &[i8]| {
         let scales: Vec<f16> = scales.iter().map(|&scale| f16::from_f32(scale)).collect();
-        PackedTensor::new("p", shape, Region::from(vec![0; stream]), scales, codebook.to_vec())
-            .map_err(|e| e.to_string())
+        PackedTensor::new(
+            "p",
+            shape,
+            Region::from(vec![0; stream]),
+            scales,
+            codebook.to_vec(),
+        )
+        .map_err(|e| e.to_string())
     };
     assert!(new(68, &[1.0; 4], &[0; 4]).is_ok());
     assert!(new(67, &[1.0; 4], &[0; 4]).unwrap_err().contains("stream"));
     assert!(new(68, &[1.0; 3], &[0; 4]).unwrap_err().contains("row scales"));
     assert!(new(68, &[1.0; 4], &[0; 5]).unwrap_err().contains("codebook"));
     assert!(new(68, &[1.0; 4], &[0, 1, -128, 2]).unwrap_err().contains("-128"));
-    assert!(new(68, &[1.0, f32::NAN, 1.0, 1.0], &[0; 4]).unwrap_err().contains("row scale 1 is NaN"));
+    assert!(
+        new(68, &[1.0, f32::NAN, 1.0, 1.0], &[0; 4])
+            .unwrap_err()
+            .contains("row scale 1 is NaN")
+    );
 }

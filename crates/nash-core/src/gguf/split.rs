@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Part;
+use super::part::Part;
 use crate::error::{CoreError, ErrorKind, Result};
 
 /// The files of the model that `path` is a part of; `None` if it is whole.
