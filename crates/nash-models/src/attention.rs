@@ -101,9 +101,20 @@ impl Attend<'_> {
         let tokens = self.q.len() / (a.heads * a.head_dim);
         let group = a.heads / a.kv_heads;
         let unit_tokens = (UNIT_ROWS / group).clamp(1, tokens);
-        let parts = if tokens == 1 { self.visible(0..1).len().div_ceil(PART) } else { 1 };
+        let parts = if tokens == 1 {
+            self.visible(0..1).len().div_ceil(PART)
+        } else {
+            1
+        };
         let state = unit_tokens * group * (a.head_dim + 2);
-        Plan { tokens, group, unit_tokens, blocks: tokens.div_ceil(unit_tokens), parts, state }
+        Plan {
+            tokens,
+            group,
+            unit_tokens,
+            blocks: tokens.div_ceil(unit_tokens),
+            parts,
+            state,
+        }
     }
 
     /// Positions that any of these tokens sees.
@@ -133,7 +144,11 @@ impl Attend<'_> {
         let (max, sum) = stats.split_at_mut(plan.unit_tokens * group);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
-        let mut rows_state = RowStates { o: &mut o[..rows * dim], max, sum };
+        let mut rows_state = RowStates {
+            o: &mut o[..rows * dim],
+            max,
+            sum,
+        };
 
         let mut keys = self.visible(tokens.clone());
         if plan.tokens == 1 {
@@ -144,26 +159,51 @@ impl Attend<'_> {
         let fresh = if plan.tokens == 1 { keys.end } else { self.start };
         let mut first = keys.start;
         while first < keys.end {
-            let limit = if first < fresh { fresh.min(keys.end) } else { keys.end };
+            let limit = if first < fresh {
+                fresh.min(keys.end)
+            } else {
+                keys.end
+            };
             let block = first..(first + BLOCK).min(limit);
             let (keys, values) = if first < fresh {
-                self.cache.read(head, first, sized(k, block.len() * dim), sized(v, block.len() * dim));
-                (MatRef::row_major(k, block.len(), dim), MatRef::row_major(v, block.len(), dim))
+                self.cache.read(
+                    head,
+                    first,
+                    sized(k, block.len() * dim),
+                    sized(v, block.len() * dim),
+                );
+                (
+                    MatRef::row_major(k, block.len(), dim),
+                    MatRef::row_major(v, block.len(), dim),
+                )
             } else {
                 let width = self.config.kv_heads * dim;
                 let rows = block.start - self.start..block.end - self.start;
                 let view = |x| {
                     let all = MatRef::row_major(x, plan.tokens, width);
-                    all.rows_range(rows.clone()).cols_range(head * dim..(head + 1) * dim)
+                    all.rows_range(rows.clone())
+                        .cols_range(head * dim..(head + 1) * dim)
                 };
                 (view(self.k), view(self.v))
             };
             let scores = sized(scores, rows * block.len());
             let product = MatMut::row_major(scores, rows, block.len());
-            dense::gemm(self.config.scale, MatRef::row_major(q, rows, dim), keys.t(), 0.0, product);
+            dense::gemm(
+                self.config.scale,
+                MatRef::row_major(q, rows, dim),
+                keys.t(),
+                0.0,
+                product,
+            );
             for (row, scores) in scores.chunks_exact_mut(block.len()).enumerate() {
                 let position = self.start + tokens.start + row / group;
-                rows_state.absorb(row, dim, self.allowed(position, &block), self.config.softcap, scores);
+                rows_state.absorb(
+                    row,
+                    dim,
+                    self.allowed(position, &block),
+                    self.config.softcap,
+                    scores,
+                );
             }
             let o = MatMut::row_major(rows_state.o, rows, dim);
             dense::gemm(1.0, MatRef::row_major(scores, rows, block.len()), values, 1.0, o);
@@ -173,7 +213,9 @@ impl Attend<'_> {
 
     /// Which keys of the block the query at this position sees, relative to the block.
     fn allowed(&self, position: usize, block: &Range<usize>) -> Range<usize> {
-        let low = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let low = self
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window));
         let relative = |p: usize| p.clamp(block.start, block.end) - block.start;
         let (low, high) = (relative(low), relative(position + 1));
         low..high.max(low)
@@ -188,7 +230,10 @@ impl Attend<'_> {
         let rows = plan.unit_tokens * plan.group;
         for (g, out) in out.chunks_exact_mut(dim).enumerate() {
             let row = local * plan.group + g;
-            let max = parts.clone().map(|state| state[rows * dim + row]).fold(f32::NEG_INFINITY, f32::max);
+            let max = parts
+                .clone()
+                .map(|state| state[rows * dim + row])
+                .fold(f32::NEG_INFINITY, f32::max);
             let mut sum = 0.0;
             out.fill(0.0);
             for state in parts.clone() {
@@ -214,7 +259,14 @@ struct RowStates<'a> {
 
 impl RowStates<'_> {
     /// Turns a row of scores into weights relative to the new maximum and rescales what was summed before.
-    fn absorb(&mut self, row: usize, dim: usize, allowed: Range<usize>, cap: Option<f32>, scores: &mut [f32]) {
+    fn absorb(
+        &mut self,
+        row: usize,
+        dim: usize,
+        allowed: Range<usize>,
+        cap: Option<f32>,
+        scores: &mut [f32],
+    ) {
         scores[..allowed.start].fill(0.0);
         scores[allowed.end..].fill(0.0);
         let scores = &mut scores[allowed];
@@ -232,7 +284,9 @@ impl RowStates<'_> {
         self.sum[row] = self.sum[row] * keep + scores.iter().sum::<f32>();
         self.max[row] = max;
         if keep != 1.0 {
-            self.o[row * dim..(row + 1) * dim].iter_mut().for_each(|v| *v *= keep);
+            self.o[row * dim..(row + 1) * dim]
+                .iter_mut()
+                .for_each(|v| *v *= keep);
         }
     }
 }

@@ -34,7 +34,10 @@ impl KvCache {
     #[must_use]
     pub fn new(config: &ModelConfig, capacity: usize) -> Self {
         let size = config.kv_dim() * capacity;
-        let layer = |_| LayerCache { k: vec![0; size], v: vec![0; size] };
+        let layer = |_| LayerCache {
+            k: vec![0; size],
+            v: vec![0; size],
+        };
         Self {
             layers: (0..config.num_layers()).map(layer).collect(),
             kv_heads: config.attention.kv_heads,
@@ -73,7 +76,10 @@ impl KvCache {
     /// Bytes of keys and values at full capacity.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(|layer| 2 * (layer.k.len() + layer.v.len())).sum()
+        self.layers
+            .iter()
+            .map(|layer| 2 * (layer.k.len() + layer.v.len()))
+            .sum()
     }
 
     /// Forgets all positions from `len` on; longer than what is held changes nothing.
@@ -103,14 +109,20 @@ impl KvCache {
     /// Checks that the cache fits the model and has room up to position `end`.
     pub(crate) fn check(&self, config: &ModelConfig, end: usize) -> Result<()> {
         let a = &config.attention;
-        if (self.layers.len(), self.kv_heads, self.head_dim) != (config.num_layers(), a.kv_heads, a.head_dim) {
+        if (self.layers.len(), self.kv_heads, self.head_dim) != (config.num_layers(), a.kv_heads, a.head_dim)
+        {
             let shape = |l, h, d| format!("{l} layers of {h} heads of {d}");
             let mine = shape(self.layers.len(), self.kv_heads, self.head_dim);
             let theirs = shape(config.num_layers(), a.kv_heads, a.head_dim);
-            return Err(ModelError::CacheMismatch { problem: format!("{mine}, the model has {theirs}") });
+            return Err(ModelError::CacheMismatch {
+                problem: format!("{mine}, the model has {theirs}"),
+            });
         }
         if end > self.capacity {
-            return Err(ModelError::ContextOverflow { needed: end, capacity: self.capacity });
+            return Err(ModelError::ContextOverflow {
+                needed: end,
+                capacity: self.capacity,
+            });
         }
         Ok(())
     }
@@ -134,7 +146,12 @@ impl KvCache {
     pub(crate) fn layer(&self, layer: usize) -> CachedLayer<'_> {
         let LayerCache { k, v } = &self.layers[layer];
         let run = self.capacity * self.head_dim;
-        CachedLayer { k: k.reinterpret_cast(), v: v.reinterpret_cast(), run, head_dim: self.head_dim }
+        CachedLayer {
+            k: k.reinterpret_cast(),
+            v: v.reinterpret_cast(),
+            run,
+            head_dim: self.head_dim,
+        }
     }
 }
 

@@ -53,7 +53,12 @@ impl Feed {
     pub(crate) fn forward(&self, cx: &mut Context<'_>, d: usize, scratch: &mut Scratch) {
         match self {
             Self::Dense(mlp) => {
-                let Scratch { normed, out, mlp: buffers, .. } = scratch;
+                let Scratch {
+                    normed,
+                    out,
+                    mlp: buffers,
+                    ..
+                } = scratch;
                 let input = Input::with_buffer(normed, d, std::mem::take(&mut buffers.activations));
                 cx.tap.input(cx.layer, Site::MlpIn, normed, input.tokens(), d);
                 mlp.forward(cx, Site::MlpDown, input, buffers, out);
@@ -84,7 +89,9 @@ impl Mlp {
         let inner = if self.gate.is_some() {
             pool::for_each_chunk(gate, CHUNK, |i, gate| {
                 math::activate(kind, gate);
-                gate.iter_mut().zip(&up[i * CHUNK..]).for_each(|(gate, up)| *gate *= up);
+                gate.iter_mut()
+                    .zip(&up[i * CHUNK..])
+                    .for_each(|(gate, up)| *gate *= up);
             });
             gate
         } else {
@@ -101,7 +108,13 @@ impl Mlp {
 
 impl Experts {
     fn forward(&self, cx: &mut Context<'_>, d: usize, scratch: &mut Scratch) {
-        let Scratch { normed, out, mlp, moe, .. } = scratch;
+        let Scratch {
+            normed,
+            out,
+            mlp,
+            moe,
+            ..
+        } = scratch;
         let input = Input::with_buffer(normed, d, std::mem::take(&mut mlp.activations));
         let tokens = input.tokens();
         cx.tap.input(cx.layer, Site::Router, normed, tokens, d);
@@ -129,14 +142,18 @@ impl Experts {
             }
             moe.gathered.clear();
             for &(token, _) in &chosen {
-                moe.gathered.extend_from_slice(&normed[token * d..(token + 1) * d]);
+                moe.gathered
+                    .extend_from_slice(&normed[token * d..(token + 1) * d]);
             }
-            cx.tap.input(cx.layer, Site::ExpertIn(expert), &moe.gathered, chosen.len(), d);
+            cx.tap
+                .input(cx.layer, Site::ExpertIn(expert), &moe.gathered, chosen.len(), d);
             let input = Input::with_buffer(&moe.gathered, d, std::mem::take(&mut mlp.activations));
             self.experts[expert].forward(cx, Site::ExpertDown(expert), input, mlp, &mut moe.expert_out);
             for (&(token, weight), answer) in chosen.iter().zip(moe.expert_out.chunks_exact(d)) {
                 let out = &mut out[token * d..(token + 1) * d];
-                out.iter_mut().zip(answer).for_each(|(out, answer)| *out += weight * answer);
+                out.iter_mut()
+                    .zip(answer)
+                    .for_each(|(out, answer)| *out += weight * answer);
             }
         }
     }
@@ -156,7 +173,10 @@ impl Experts {
             ranks.clear();
             ranks.extend_from_slice(scores);
             if let Some(correction) = &self.correction {
-                ranks.iter_mut().zip(correction.iter()).for_each(|(rank, c)| *rank += c);
+                ranks
+                    .iter_mut()
+                    .zip(correction.iter())
+                    .for_each(|(rank, c)| *rank += c);
             }
             self.close_groups(&mut ranks);
             order.clear();
@@ -164,7 +184,11 @@ impl Experts {
             order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
             order.truncate(config.top_k);
             let sum: f32 = order.iter().map(|&expert| scores[expert]).sum();
-            let scale = if config.normalize { config.scale / (sum + 1e-20) } else { config.scale };
+            let scale = if config.normalize {
+                config.scale / (sum + 1e-20)
+            } else {
+                config.scale
+            };
             for &expert in &order {
                 chosen[expert].push((token, scores[expert] * scale));
             }
@@ -180,9 +204,16 @@ impl Experts {
             .chunks_exact(size)
             .map(|group| {
                 // The two largest.
-                group.iter().fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(first, second), &rank| {
-                    if rank > first { (rank, first) } else { (first, second.max(rank)) }
-                })
+                group.iter().fold(
+                    (f32::NEG_INFINITY, f32::NEG_INFINITY),
+                    |(first, second), &rank| {
+                        if rank > first {
+                            (rank, first)
+                        } else {
+                            (first, second.max(rank))
+                        }
+                    },
+                )
             })
             .map(|(first, second)| if size > 1 { first + second } else { first })
             .enumerate()

@@ -79,7 +79,9 @@ impl<'m> Generator<'m> {
         prompt: &[u32],
         (options, progress): (GenerateOptions, Progress<'_>),
     ) -> Result<Self> {
-        let Some(last) = prompt.len().checked_sub(1) else { return Err(ModelError::EmptyPrompt) };
+        let Some(last) = prompt.len().checked_sub(1) else {
+            return Err(ModelError::EmptyPrompt);
+        };
         cache.check(model.config(), prompt.len())?;
         // The last token is computed in any case: its logits are needed.
         let reused = cache.keep_common_prefix(&prompt[..last]);
@@ -149,7 +151,11 @@ impl<'m> Generator<'m> {
         if self.finish.is_some() || self.failed {
             return Ok(None);
         }
-        if self.options.max_new_tokens.is_some_and(|max| self.generated >= max) {
+        if self
+            .options
+            .max_new_tokens
+            .is_some_and(|max| self.generated >= max)
+        {
             self.finish = Some(FinishReason::MaxTokens);
             return Ok(None);
         }

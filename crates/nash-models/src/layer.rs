@@ -51,10 +51,22 @@ impl Layer {
         let mut scratch = std::mem::take(&mut cache.scratch);
         self.before(config, &self.attn_norm, x, &mut scratch);
         self.attention(call, cx, cache, &mut scratch);
-        self.after(config, &self.attn_norm, self.attn_post_norm.as_ref(), x, &mut scratch);
+        self.after(
+            config,
+            &self.attn_norm,
+            self.attn_post_norm.as_ref(),
+            x,
+            &mut scratch,
+        );
         self.before(config, &self.mlp_norm, x, &mut scratch);
         self.feed.forward(cx, d, &mut scratch);
-        self.after(config, &self.mlp_norm, self.mlp_post_norm.as_ref(), x, &mut scratch);
+        self.after(
+            config,
+            &self.mlp_norm,
+            self.mlp_post_norm.as_ref(),
+            x,
+            &mut scratch,
+        );
         cache.scratch = scratch;
         Ok(())
     }
@@ -88,7 +100,18 @@ impl Layer {
     /// From `scratch.normed` to `scratch.out`.
     fn attention(&self, call: &Call<'_>, cx: &mut Context<'_>, cache: &mut KvCache, scratch: &mut Scratch) {
         let (config, a, d) = (call.config, &call.config.attention, call.config.hidden_size);
-        let Scratch { normed, out, q, k, v, heads, states, mlp, rope, .. } = scratch;
+        let Scratch {
+            normed,
+            out,
+            q,
+            k,
+            v,
+            heads,
+            states,
+            mlp,
+            rope,
+            ..
+        } = scratch;
         let input = Input::with_buffer(normed, d, std::mem::take(&mut mlp.activations));
         let tokens = input.tokens();
         cx.tap.input(cx.layer, Site::AttnIn, normed, tokens, d);
@@ -126,7 +149,8 @@ impl Layer {
             cache: cache.layer(cx.layer),
         };
         attend(&attention, states, heads);
-        cx.tap.input(cx.layer, Site::AttnOut, heads, tokens, config.q_dim());
+        cx.tap
+            .input(cx.layer, Site::AttnOut, heads, tokens, config.q_dim());
         let input = Input::with_buffer(heads, config.q_dim(), activations);
         cx.weights.project(&self.o, &input, out);
         mlp.activations = input.into_buffer();

@@ -35,7 +35,13 @@ impl<'a> Input<'a> {
     pub fn with_buffer(x: &'a [f32], cols: usize, buffer: Activations) -> Self {
         let tokens = x.len() / cols.max(1);
         debug_assert_eq!(tokens * cols, x.len());
-        Self { x, tokens, cols, quantized: OnceCell::new(), spare: Cell::new(Some(buffer)) }
+        Self {
+            x,
+            tokens,
+            cols,
+            quantized: OnceCell::new(),
+            spare: Cell::new(Some(buffer)),
+        }
     }
 
     /// The values, `[T, n]`.
@@ -68,7 +74,10 @@ impl<'a> Input<'a> {
     /// The buffer, for the next input.
     #[must_use]
     pub fn into_buffer(self) -> Activations {
-        self.quantized.into_inner().or_else(|| self.spare.take()).unwrap_or_default()
+        self.quantized
+            .into_inner()
+            .or_else(|| self.spare.take())
+            .unwrap_or_default()
     }
 }
 
@@ -112,7 +121,11 @@ impl FloatLinear {
     #[must_use]
     pub fn new(tensor: Tensor) -> Self {
         let rows = tensor.rows();
-        Self { tensor, first: 0, rows }
+        Self {
+            tensor,
+            first: 0,
+            rows,
+        }
     }
 
     /// Rows `first..first + rows` of a tensor.
@@ -136,7 +149,10 @@ impl FloatLinear {
         let rows = out.len() / self.tensor.cols();
         let start = self.first + row;
         let result = self.tensor.dequantize_rows(start..start + rows, out);
-        debug_assert!(result.is_ok(), "rows were checked when the linear was made: {result:?}");
+        debug_assert!(
+            result.is_ok(),
+            "rows were checked when the linear was made: {result:?}"
+        );
     }
 }
 

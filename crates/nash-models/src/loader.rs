@@ -19,9 +19,10 @@ use crate::weights::{Projection, Weights};
 /// Reads configuration and weights. Weights stay in the mapped file; norms, biases and position tables become floats.
 pub(crate) fn load(file: &ModelFile) -> Result<Model> {
     let (config, family) = match file {
-        ModelFile::Gguf(gguf) => {
-            (ModelConfig::from_gguf(gguf)?, gguf_family(gguf, gguf.str("general.architecture")?)?)
-        }
+        ModelFile::Gguf(gguf) => (
+            ModelConfig::from_gguf(gguf)?,
+            gguf_family(gguf, gguf.str("general.architecture")?)?,
+        ),
         ModelFile::Hf(folder) => {
             let config = ModelConfig::from_hf(folder.config())?;
             let family = Family::named(&config.architecture)?;
@@ -34,10 +35,17 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
         }
         other => {
             let found = format!("{other:?}").chars().take(40).collect();
-            return Err(ModelError::UnknownArchitecture { found, known: "GGUF, Hugging Face, packed".into() });
+            return Err(ModelError::UnknownArchitecture {
+                found,
+                known: "GGUF, Hugging Face, packed".into(),
+            });
         }
     };
-    let loader = Loader { file, family, config: &config };
+    let loader = Loader {
+        file,
+        family,
+        config: &config,
+    };
     let mut weights = Weights::default();
     let manifest = Manifest::new(&config);
     let mut biases = HashMap::new();
@@ -45,7 +53,11 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
         weights.push(spec.info.clone(), loader.linear(spec)?);
         if spec.bias {
             let key = spec.key.bias();
-            let bias = loader.vector(&FloatSpec { key, shape: vec![spec.info.rows], norm_weight: false })?;
+            let bias = loader.vector(&FloatSpec {
+                key,
+                shape: vec![spec.info.rows],
+                norm_weight: false,
+            })?;
             biases.insert(spec.info.name.clone(), Arc::clone(&bias));
             weights.floats.push((key.name(), vec![spec.info.rows], bias));
         }
@@ -56,7 +68,14 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
         floats.insert(spec.key.name(), Arc::clone(&values));
         weights.floats.push((spec.key.name(), spec.shape.clone(), values));
     }
-    Assembly { config: &config, weights: &weights, biases, floats }.assemble().map(|parts| {
+    Assembly {
+        config: &config,
+        weights: &weights,
+        biases,
+        floats,
+    }
+    .assemble()
+    .map(|parts| {
         let (layers, final_norm, positions) = parts;
         Model::new(config, weights, layers, final_norm, positions)
     })
@@ -76,7 +95,9 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn path(&self) -> String {
-        self.file.path().map_or_else(|| "model".into(), |path| path.display().to_string())
+        self.file
+            .path()
+            .map_or_else(|| "model".into(), |path| path.display().to_string())
     }
 
     fn find(&self, key: TensorKey) -> Result<Found> {
@@ -87,11 +108,18 @@ impl Loader<'_> {
         };
         for (name, part) in &candidates {
             if let Some(tensor) = self.file.find(name) {
-                return Ok(Found { tensor: tensor.clone(), part: *part });
+                return Ok(Found {
+                    tensor: tensor.clone(),
+                    part: *part,
+                });
             }
         }
         let tried: Vec<String> = candidates.into_iter().map(|(name, _)| name).collect();
-        Err(ModelError::MissingTensor { file: self.path(), tensor: key.name(), tried: tried.join(", ") })
+        Err(ModelError::MissingTensor {
+            file: self.path(),
+            tensor: key.name(),
+            tried: tried.join(", "),
+        })
     }
 
     fn check_shape(&self, tensor: &Tensor, expected: &[usize]) -> Result<()> {
@@ -120,7 +148,10 @@ impl Loader<'_> {
             Part::Query => (0, q + 2 * kv),
             Part::Key => (q, q + 2 * kv),
             Part::Value => (q + kv, q + 2 * kv),
-            Part::Expert => (key.expert * rows, self.config.moe.as_ref().map_or(0, |moe| moe.experts * rows)),
+            Part::Expert => (
+                key.expert * rows,
+                self.config.moe.as_ref().map_or(0, |moe| moe.experts * rows),
+            ),
         }
     }
 
@@ -129,7 +160,11 @@ impl Loader<'_> {
         if let ModelFile::Packed(folder) = self.file
             && let Some(packed) = folder.packed_tensors().get(&spec.info.name)
         {
-            self.check(&spec.info.name, &[packed.shape().rows, packed.shape().cols], &[rows, cols])?;
+            self.check(
+                &spec.info.name,
+                &[packed.shape().rows, packed.shape().cols],
+                &[rows, cols],
+            )?;
             return Ok(Arc::new(PackedLinear::new(packed.clone())));
         }
         let Found { tensor, part } = self.find(spec.key)?;
@@ -139,7 +174,10 @@ impl Loader<'_> {
             && matches!(self.file, ModelFile::Hf(_));
         if conv1d {
             self.check_shape(&tensor, &[cols, all])?;
-            return Ok(Arc::new(FloatLinear::new(transpose(&tensor, first..first + rows)?)));
+            return Ok(Arc::new(FloatLinear::new(transpose(
+                &tensor,
+                first..first + rows,
+            )?)));
         }
         match part {
             Part::Expert => self.check_shape(&tensor, &[all / rows, rows, cols])?,
@@ -178,7 +216,12 @@ fn transpose(tensor: &Tensor, columns: std::ops::Range<usize>) -> Result<Tensor>
             bytes.extend_from_slice(&tensor.data[at..at + size]);
         }
     }
-    Ok(Tensor::new(tensor.name.clone(), tensor.dtype, vec![columns.len(), n], Region::from(bytes))?)
+    Ok(Tensor::new(
+        tensor.name.clone(),
+        tensor.dtype,
+        vec![columns.len(), n],
+        Region::from(bytes),
+    )?)
 }
 
 /// Puts loaded weights into the blocks that use them.
@@ -193,16 +236,27 @@ type Parts = (Vec<Layer>, Option<Norm>, Option<Arc<[f32]>>);
 
 impl Assembly<'_> {
     fn assemble(&self) -> Result<Parts> {
-        let layers = (0..self.config.num_layers()).map(|layer| self.layer(layer)).collect::<Result<_>>()?;
-        let final_norm =
-            if self.config.norm.final_norm { Some(self.norm("norm.{p}", 0)?) } else { None };
+        let layers = (0..self.config.num_layers())
+            .map(|layer| self.layer(layer))
+            .collect::<Result<_>>()?;
+        let final_norm = if self.config.norm.final_norm {
+            Some(self.norm("norm.{p}", 0)?)
+        } else {
+            None
+        };
         let positions = self.floats.get("model.embed_positions.weight").cloned();
         Ok((layers, final_norm, positions))
     }
 
     fn layer(&self, i: usize) -> Result<Layer> {
         let sandwich = self.config.norm.placement == NormPlacement::Sandwich;
-        let post = |template| if sandwich { self.norm(template, i).map(Some) } else { Ok(None) };
+        let post = |template| {
+            if sandwich {
+                self.norm(template, i).map(Some)
+            } else {
+                Ok(None)
+            }
+        };
         let qk = |template| {
             if self.config.attention.qk_norm == QkNorm::None {
                 return Ok(None);
@@ -252,7 +306,11 @@ impl Assembly<'_> {
                 down: self.projection("layers.{i}.mlp.shared_expert.down_proj.{p}", i, 0)?,
             })
         };
-        let float = |template| self.floats.get(&TensorKey::weight(template, i, 0).name()).cloned();
+        let float = |template| {
+            self.floats
+                .get(&TensorKey::weight(template, i, 0).name())
+                .cloned()
+        };
         Ok(Feed::Experts(Box::new(Experts {
             config: moe.clone(),
             router: self.projection("layers.{i}.mlp.router.{p}", i, 0)?,
@@ -265,8 +323,14 @@ impl Assembly<'_> {
 
     fn projection(&self, template: &'static str, layer: usize, expert: usize) -> Result<Projection> {
         let name = TensorKey::weight(template, layer, expert).base();
-        let slot = self.weights.slot(&name).ok_or_else(|| ModelError::NoSuchLinear { name: name.clone() })?;
-        Ok(Projection { slot, bias: self.biases.get(&name).cloned() })
+        let slot = self
+            .weights
+            .slot(&name)
+            .ok_or_else(|| ModelError::NoSuchLinear { name: name.clone() })?;
+        Ok(Projection {
+            slot,
+            bias: self.biases.get(&name).cloned(),
+        })
     }
 
     fn norm(&self, template: &'static str, layer: usize) -> Result<Norm> {
@@ -274,6 +338,11 @@ impl Assembly<'_> {
         let weight = self.floats.get(&key.name()).cloned();
         let weight = weight.ok_or_else(|| ModelError::NoSuchLinear { name: key.name() })?;
         let norm = &self.config.norm;
-        Ok(Norm { kind: norm.kind, eps: norm.eps, weight, bias: self.floats.get(&key.bias().name()).cloned() })
+        Ok(Norm {
+            kind: norm.kind,
+            eps: norm.eps,
+            weight,
+            bias: self.floats.get(&key.bias().name()).cloned(),
+        })
     }
 }

@@ -77,7 +77,11 @@ impl ModelConfig {
     /// The weight matrices that this configuration calls for, in the order of the forward pass.
     #[must_use]
     pub fn linears(&self) -> Vec<LinearInfo> {
-        Manifest::new(self).linears.into_iter().map(|spec| spec.info).collect()
+        Manifest::new(self)
+            .linears
+            .into_iter()
+            .map(|spec| spec.info)
+            .collect()
     }
 
     /// The other tensors (norms, biases, position tables): canonical name and shape.
@@ -86,7 +90,10 @@ impl ModelConfig {
         let manifest = Manifest::new(self);
         let biases = manifest.linears.iter().filter(|spec| spec.bias);
         let biases = biases.map(|spec| (spec.key.bias().name(), vec![spec.info.rows]));
-        let floats = manifest.floats.iter().map(|spec| (spec.key.name(), spec.shape.clone()));
+        let floats = manifest
+            .floats
+            .iter()
+            .map(|spec| (spec.key.name(), spec.shape.clone()));
         floats.chain(biases).collect()
     }
 }
@@ -95,11 +102,19 @@ impl Manifest {
     pub(crate) fn new(config: &ModelConfig) -> Self {
         let mut manifest = Self::default();
         let d = config.hidden_size;
-        let head = if config.tie_embeddings { Site::Head } else { Site::Embedding };
+        let head = if config.tie_embeddings {
+            Site::Head
+        } else {
+            Site::Embedding
+        };
         manifest.linear(("embed_tokens.{p}", 0), None, head, [config.vocab_size, d], false);
         if let Positions::Learned { offset } = config.positions {
             let rows = config.context_length + offset;
-            manifest.float(TensorKey::weight("embed_positions.{p}", 0, 0), vec![rows, d], false);
+            manifest.float(
+                TensorKey::weight("embed_positions.{p}", 0, 0),
+                vec![rows, d],
+                false,
+            );
         }
         for layer in 0..config.num_layers() {
             manifest.attention(config, layer);
@@ -109,7 +124,13 @@ impl Manifest {
             manifest.norm(config, "norm.{p}", 0);
         }
         if !config.tie_embeddings {
-            manifest.linear(("lm_head.{p}", 0), None, Site::Head, [config.vocab_size, d], false);
+            manifest.linear(
+                ("lm_head.{p}", 0),
+                None,
+                Site::Head,
+                [config.vocab_size, d],
+                false,
+            );
         }
         manifest
     }
@@ -119,19 +140,51 @@ impl Manifest {
         let (q, kv) = (config.q_dim(), config.kv_dim());
         let at = Some(layer);
         self.norm(config, "layers.{i}.input_layernorm.{p}", layer);
-        self.linear(("layers.{i}.self_attn.q_proj.{p}", 0), at, Site::AttnIn, [q, d], a.qkv_bias);
-        self.linear(("layers.{i}.self_attn.k_proj.{p}", 0), at, Site::AttnIn, [kv, d], a.qkv_bias);
-        self.linear(("layers.{i}.self_attn.v_proj.{p}", 0), at, Site::AttnIn, [kv, d], a.qkv_bias);
+        self.linear(
+            ("layers.{i}.self_attn.q_proj.{p}", 0),
+            at,
+            Site::AttnIn,
+            [q, d],
+            a.qkv_bias,
+        );
+        self.linear(
+            ("layers.{i}.self_attn.k_proj.{p}", 0),
+            at,
+            Site::AttnIn,
+            [kv, d],
+            a.qkv_bias,
+        );
+        self.linear(
+            ("layers.{i}.self_attn.v_proj.{p}", 0),
+            at,
+            Site::AttnIn,
+            [kv, d],
+            a.qkv_bias,
+        );
         let normed = match a.qk_norm {
             QkNorm::None => None,
             QkNorm::PerHead => Some((a.head_dim, a.head_dim)),
             QkNorm::Full => Some((q, kv)),
         };
         if let Some((q, k)) = normed {
-            self.float(TensorKey::weight("layers.{i}.self_attn.q_norm.{p}", layer, 0), vec![q], true);
-            self.float(TensorKey::weight("layers.{i}.self_attn.k_norm.{p}", layer, 0), vec![k], true);
+            self.float(
+                TensorKey::weight("layers.{i}.self_attn.q_norm.{p}", layer, 0),
+                vec![q],
+                true,
+            );
+            self.float(
+                TensorKey::weight("layers.{i}.self_attn.k_norm.{p}", layer, 0),
+                vec![k],
+                true,
+            );
         }
-        self.linear(("layers.{i}.self_attn.o_proj.{p}", 0), at, Site::AttnOut, [d, q], a.out_bias);
+        self.linear(
+            ("layers.{i}.self_attn.o_proj.{p}", 0),
+            at,
+            Site::AttnOut,
+            [d, q],
+            a.out_bias,
+        );
         if config.norm.placement == NormPlacement::Sandwich {
             self.norm(config, "layers.{i}.post_attention_layernorm.{p}", layer);
         }
@@ -147,10 +200,22 @@ impl Manifest {
                     self.linear(("layers.{i}.mlp.gate_proj.{p}", 0), at, Site::MlpIn, [f, d], bias);
                 }
                 self.linear(("layers.{i}.mlp.up_proj.{p}", 0), at, Site::MlpIn, [f, d], bias);
-                self.linear(("layers.{i}.mlp.down_proj.{p}", 0), at, Site::MlpDown, [d, f], bias);
+                self.linear(
+                    ("layers.{i}.mlp.down_proj.{p}", 0),
+                    at,
+                    Site::MlpDown,
+                    [d, f],
+                    bias,
+                );
             }
             Some(moe) => {
-                self.linear(("layers.{i}.mlp.router.{p}", 0), at, Site::Router, [moe.experts, d], false);
+                self.linear(
+                    ("layers.{i}.mlp.router.{p}", 0),
+                    at,
+                    Site::Router,
+                    [moe.experts, d],
+                    false,
+                );
                 if moe.correction_bias {
                     let key = TensorKey::weight("layers.{i}.mlp.router.correction_bias", layer, 0);
                     self.float(key, vec![moe.experts], false);
@@ -158,14 +223,44 @@ impl Manifest {
                 let f = moe.intermediate;
                 for e in 0..moe.experts {
                     let (read, down) = (Site::ExpertIn(e), Site::ExpertDown(e));
-                    self.linear(("layers.{i}.mlp.experts.{e}.gate_proj.{p}", e), at, read, [f, d], false);
-                    self.linear(("layers.{i}.mlp.experts.{e}.up_proj.{p}", e), at, read, [f, d], false);
-                    self.linear(("layers.{i}.mlp.experts.{e}.down_proj.{p}", e), at, down, [d, f], false);
+                    self.linear(
+                        ("layers.{i}.mlp.experts.{e}.gate_proj.{p}", e),
+                        at,
+                        read,
+                        [f, d],
+                        false,
+                    );
+                    self.linear(
+                        ("layers.{i}.mlp.experts.{e}.up_proj.{p}", e),
+                        at,
+                        read,
+                        [f, d],
+                        false,
+                    );
+                    self.linear(
+                        ("layers.{i}.mlp.experts.{e}.down_proj.{p}", e),
+                        at,
+                        down,
+                        [d, f],
+                        false,
+                    );
                 }
                 if let Some(shared) = moe.shared {
                     let (f, read) = (shared.intermediate, Site::SharedIn);
-                    self.linear(("layers.{i}.mlp.shared_expert.gate_proj.{p}", 0), at, read, [f, d], false);
-                    self.linear(("layers.{i}.mlp.shared_expert.up_proj.{p}", 0), at, read, [f, d], false);
+                    self.linear(
+                        ("layers.{i}.mlp.shared_expert.gate_proj.{p}", 0),
+                        at,
+                        read,
+                        [f, d],
+                        false,
+                    );
+                    self.linear(
+                        ("layers.{i}.mlp.shared_expert.up_proj.{p}", 0),
+                        at,
+                        read,
+                        [f, d],
+                        false,
+                    );
                     let down = ("layers.{i}.mlp.shared_expert.down_proj.{p}", 0);
                     self.linear(down, at, Site::SharedDown, [d, f], false);
                     if shared.gated {
@@ -190,12 +285,22 @@ impl Manifest {
         bias: bool,
     ) {
         let key = TensorKey::weight(template, layer.unwrap_or(0), expert);
-        let info = LinearInfo { name: key.base(), layer, site, rows, cols };
+        let info = LinearInfo {
+            name: key.base(),
+            layer,
+            site,
+            rows,
+            cols,
+        };
         self.linears.push(LinearSpec { key, info, bias });
     }
 
     fn float(&mut self, key: TensorKey, shape: Vec<usize>, norm_weight: bool) {
-        self.floats.push(FloatSpec { key, shape, norm_weight });
+        self.floats.push(FloatSpec {
+            key,
+            shape,
+            norm_weight,
+        });
     }
 
     fn norm(&mut self, config: &ModelConfig, template: &'static str, layer: usize) {
@@ -221,8 +326,11 @@ mod tests {
             "num_experts": 60, "num_experts_per_tok": 4}))
         .unwrap();
         let linears: usize = config.linears().iter().map(|info| info.rows * info.cols).sum();
-        let floats: usize =
-            config.float_tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let floats: usize = config
+            .float_tensors()
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
         assert_eq!(linears + floats, 14_315_784_192);
     }
 

@@ -58,8 +58,8 @@ fn gelu_tanh(x: f32) -> f32 {
 fn gelu(x: f32) -> f32 {
     let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let t = 1.0 / (1.0 + 0.327_591_1 * z);
-    let poly = t
-        * (0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_7 + t * (-1.453_152 + t * 1.061_405_4))));
+    let poly =
+        t * (0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_7 + t * (-1.453_152 + t * 1.061_405_4))));
     let erf = 1.0 - poly * exp(-z * z);
     0.5 * x * (1.0 + erf.copysign(x))
 }
@@ -95,13 +95,19 @@ mod tests {
         for x in sweep(-87.0, 87.0) {
             let exact = f64::from(x).exp();
             let error = (f64::from(exp(x)) - exact).abs() / exact;
-            assert!(error <= 2.0 * f64::from(f32::EPSILON), "exp({x}): relative error {error:e}");
+            assert!(
+                error <= 2.0 * f64::from(f32::EPSILON),
+                "exp({x}): relative error {error:e}"
+            );
         }
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(1000.0).is_finite());
-        assert!(exp(f32::NAN).is_nan() || exp(f32::NAN) > 1e38, "a NaN must not turn into a plausible value");
+        assert!(
+            exp(f32::NAN).is_nan() || exp(f32::NAN) > 1e38,
+            "a NaN must not turn into a plausible value"
+        );
     }
 
     #[test]
@@ -110,7 +116,10 @@ mod tests {
             let d = f64::from(x);
             let check = |name: &str, got: f32, exact: f64, tolerance: f64| {
                 let error = (f64::from(got) - exact).abs();
-                assert!(error <= tolerance * exact.abs().max(1.0), "{name}({x}) = {got}, exact {exact}");
+                assert!(
+                    error <= tolerance * exact.abs().max(1.0),
+                    "{name}({x}) = {got}, exact {exact}"
+                );
             };
             check("tanh", tanh(x), d.tanh(), 3e-7);
             check("sigmoid", sigmoid(x), 1.0 / (1.0 + (-d).exp()), 3e-7);
@@ -122,7 +131,12 @@ mod tests {
     #[test]
     fn gelu_at_known_points() {
         // x·Φ(x) from a table of the normal distribution.
-        for (x, y) in [(1.0_f32, 0.841_344_75_f32), (-1.0, -0.158_655_25), (2.5, 2.484_475_9), (0.0, 0.0)] {
+        for (x, y) in [
+            (1.0_f32, 0.841_344_75_f32),
+            (-1.0, -0.158_655_25),
+            (2.5, 2.484_475_9),
+            (0.0, 0.0),
+        ] {
             assert!((gelu(x) - y).abs() < 1e-6, "gelu({x}) = {}", gelu(x));
         }
     }

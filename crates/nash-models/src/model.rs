@@ -36,7 +36,9 @@ pub struct Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Model")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -60,13 +62,25 @@ impl Model {
         let rope = match &config.positions {
             Positions::Rope(settings) => [
                 Some(rope::frequencies(&settings.global, settings.dims)),
-                settings.local.as_ref().map(|local| rope::frequencies(local, settings.dims)),
+                settings
+                    .local
+                    .as_ref()
+                    .map(|local| rope::frequencies(local, settings.dims)),
             ],
             Positions::Learned { .. } => [None, None],
         };
         let embedding = weights.slot("model.embed_tokens").unwrap_or_default();
         let head = weights.slot("lm_head").unwrap_or(embedding);
-        Self { config, weights, layers, final_norm, positions, rope, embedding, head }
+        Self {
+            config,
+            weights,
+            layers,
+            final_norm,
+            positions,
+            rope,
+            embedding,
+            head,
+        }
     }
 
     /// What the model is.
@@ -99,14 +113,26 @@ impl Model {
     #[must_use]
     pub fn float_tensors(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         let floats = self.weights.floats.iter();
-        floats.map(|(name, shape, values)| (name.clone(), shape.clone(), values.to_vec())).collect()
+        floats
+            .map(|(name, shape, values)| (name.clone(), shape.clone(), values.to_vec()))
+            .collect()
     }
 
     /// Bytes of all stored weights, as they lie in the file or in memory.
     #[must_use]
     pub fn resident_bytes(&self) -> usize {
-        let floats: usize = self.weights.floats.iter().map(|(_, _, values)| 4 * values.len()).sum();
-        floats + self.weights.linears().map(|(_, linear)| linear.resident_bytes()).sum::<usize>()
+        let floats: usize = self
+            .weights
+            .floats
+            .iter()
+            .map(|(_, _, values)| 4 * values.len())
+            .sum();
+        floats
+            + self
+                .weights
+                .linears()
+                .map(|(_, linear)| linear.resident_bytes())
+                .sum::<usize>()
     }
 
     /// Reads every weight once and looks for NaN and infinity.
@@ -128,7 +154,10 @@ impl Model {
         }
         let end = start + tokens.len();
         if self.positions.is_some() && end > self.config.context_length {
-            return Err(ModelError::ContextOverflow { needed: end, capacity: self.config.context_length });
+            return Err(ModelError::ContextOverflow {
+                needed: end,
+                capacity: self.config.context_length,
+            });
         }
         x.clear();
         x.resize(tokens.len() * d, 0.0);
@@ -166,9 +195,17 @@ impl Model {
         if x.is_empty() {
             return Ok(());
         }
-        let call = Call { config: &self.config, rope: &self.rope, start };
-        let mut context =
-            Context { weights: &self.weights, layer, activation: self.config.mlp.activation, tap };
+        let call = Call {
+            config: &self.config,
+            rope: &self.rope,
+            start,
+        };
+        let mut context = Context {
+            weights: &self.weights,
+            layer,
+            activation: self.config.mlp.activation,
+            tap,
+        };
         self.layers[layer].forward(&call, &mut context, x, cache)
     }
 
@@ -186,7 +223,11 @@ impl Model {
     pub fn logits(&self, hidden: &[f32], out: &mut [f32], tap: &mut dyn Tap) {
         let d = self.config.hidden_size;
         let input = Input::new(hidden, d);
-        assert_eq!(out.len(), input.tokens() * self.config.vocab_size, "room for the logits");
+        assert_eq!(
+            out.len(),
+            input.tokens() * self.config.vocab_size,
+            "room for the logits"
+        );
         tap.input(self.config.num_layers(), Site::Head, hidden, input.tokens(), d);
         self.weights.linear(self.head).forward(&input, out);
         if let Some(cap) = self.config.logit_softcap {

@@ -32,11 +32,19 @@ pub(crate) struct Rule {
 }
 
 const fn whole(canonical: &'static str, source: &'static str) -> Rule {
-    Rule { canonical, source, part: Part::Whole }
+    Rule {
+        canonical,
+        source,
+        part: Part::Whole,
+    }
 }
 
 const fn part(part: Part, canonical: &'static str, source: &'static str) -> Rule {
-    Rule { canonical, source, part }
+    Rule {
+        canonical,
+        source,
+        part,
+    }
 }
 
 /// Names in Hugging Face files of one family.
@@ -49,34 +57,89 @@ pub(crate) struct HfNames {
     pub(crate) transposed: bool,
 }
 
-const PREFIXES: &[&str] = &["model.", "", "language_model.model.", "model.language_model.", "language_model."];
+const PREFIXES: &[&str] = &[
+    "model.",
+    "",
+    "language_model.model.",
+    "model.language_model.",
+    "language_model.",
+];
 
 /// Llama and all that took over its names, with the spellings of each mixture of experts.
 pub(crate) const LLAMA: HfNames = HfNames {
     rules: &[
-        whole("layers.{i}.pre_feedforward_layernorm.{p}", "layers.{i}.post_attention_layernorm.{p}"),
+        whole(
+            "layers.{i}.pre_feedforward_layernorm.{p}",
+            "layers.{i}.post_attention_layernorm.{p}",
+        ),
         whole("layers.{i}.mlp.router.{p}", "layers.{i}.mlp.gate.{p}"),
-        whole("layers.{i}.mlp.router.{p}", "layers.{i}.block_sparse_moe.gate.{p}"),
-        whole("layers.{i}.mlp.router.correction_bias", "layers.{i}.mlp.gate.e_score_correction_bias"),
-        whole("layers.{i}.mlp.experts.{e}.gate_proj.{p}", "layers.{i}.mlp.experts.{e}.gate_proj.{p}"),
-        whole("layers.{i}.mlp.experts.{e}.up_proj.{p}", "layers.{i}.mlp.experts.{e}.up_proj.{p}"),
-        whole("layers.{i}.mlp.experts.{e}.down_proj.{p}", "layers.{i}.mlp.experts.{e}.down_proj.{p}"),
-        whole("layers.{i}.mlp.experts.{e}.gate_proj.{p}", "layers.{i}.block_sparse_moe.experts.{e}.w1.{p}"),
-        whole("layers.{i}.mlp.experts.{e}.up_proj.{p}", "layers.{i}.block_sparse_moe.experts.{e}.w3.{p}"),
-        whole("layers.{i}.mlp.experts.{e}.down_proj.{p}", "layers.{i}.block_sparse_moe.experts.{e}.w2.{p}"),
-        whole("layers.{i}.mlp.shared_expert.gate_proj.{p}", "layers.{i}.mlp.shared_expert.gate_proj.{p}"),
-        whole("layers.{i}.mlp.shared_expert.up_proj.{p}", "layers.{i}.mlp.shared_expert.up_proj.{p}"),
-        whole("layers.{i}.mlp.shared_expert.down_proj.{p}", "layers.{i}.mlp.shared_expert.down_proj.{p}"),
-        whole("layers.{i}.mlp.shared_expert.gate_proj.{p}", "layers.{i}.mlp.shared_experts.gate_proj.{p}"),
-        whole("layers.{i}.mlp.shared_expert.up_proj.{p}", "layers.{i}.mlp.shared_experts.up_proj.{p}"),
-        whole("layers.{i}.mlp.shared_expert.down_proj.{p}", "layers.{i}.mlp.shared_experts.down_proj.{p}"),
+        whole(
+            "layers.{i}.mlp.router.{p}",
+            "layers.{i}.block_sparse_moe.gate.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.router.correction_bias",
+            "layers.{i}.mlp.gate.e_score_correction_bias",
+        ),
+        whole(
+            "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+            "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+            "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+            "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+            "layers.{i}.block_sparse_moe.experts.{e}.w1.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+            "layers.{i}.block_sparse_moe.experts.{e}.w3.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+            "layers.{i}.block_sparse_moe.experts.{e}.w2.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.shared_expert.gate_proj.{p}",
+            "layers.{i}.mlp.shared_expert.gate_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.shared_expert.up_proj.{p}",
+            "layers.{i}.mlp.shared_expert.up_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.shared_expert.down_proj.{p}",
+            "layers.{i}.mlp.shared_expert.down_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.shared_expert.gate_proj.{p}",
+            "layers.{i}.mlp.shared_experts.gate_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.shared_expert.up_proj.{p}",
+            "layers.{i}.mlp.shared_experts.up_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.mlp.shared_expert.down_proj.{p}",
+            "layers.{i}.mlp.shared_experts.down_proj.{p}",
+        ),
     ],
     prefixes: PREFIXES,
     transposed: false,
 };
 
 /// Gemma 2 and 3: the canonical names are theirs.
-pub(crate) const SANDWICH: HfNames = HfNames { rules: &[], prefixes: PREFIXES, transposed: false };
+pub(crate) const SANDWICH: HfNames = HfNames {
+    rules: &[],
+    prefixes: PREFIXES,
+    transposed: false,
+};
 
 /// GPT-2.
 pub(crate) const GPT2: HfNames = HfNames {
@@ -84,9 +147,21 @@ pub(crate) const GPT2: HfNames = HfNames {
         whole("embed_tokens.{p}", "wte.{p}"),
         whole("embed_positions.{p}", "wpe.{p}"),
         whole("layers.{i}.input_layernorm.{p}", "h.{i}.ln_1.{p}"),
-        part(Part::Query, "layers.{i}.self_attn.q_proj.{p}", "h.{i}.attn.c_attn.{p}"),
-        part(Part::Key, "layers.{i}.self_attn.k_proj.{p}", "h.{i}.attn.c_attn.{p}"),
-        part(Part::Value, "layers.{i}.self_attn.v_proj.{p}", "h.{i}.attn.c_attn.{p}"),
+        part(
+            Part::Query,
+            "layers.{i}.self_attn.q_proj.{p}",
+            "h.{i}.attn.c_attn.{p}",
+        ),
+        part(
+            Part::Key,
+            "layers.{i}.self_attn.k_proj.{p}",
+            "h.{i}.attn.c_attn.{p}",
+        ),
+        part(
+            Part::Value,
+            "layers.{i}.self_attn.v_proj.{p}",
+            "h.{i}.attn.c_attn.{p}",
+        ),
         whole("layers.{i}.self_attn.o_proj.{p}", "h.{i}.attn.c_proj.{p}"),
         whole("layers.{i}.pre_feedforward_layernorm.{p}", "h.{i}.ln_2.{p}"),
         whole("layers.{i}.mlp.up_proj.{p}", "h.{i}.mlp.c_fc.{p}"),
@@ -100,9 +175,18 @@ pub(crate) const GPT2: HfNames = HfNames {
 /// OPT.
 pub(crate) const OPT: HfNames = HfNames {
     rules: &[
-        whole("layers.{i}.input_layernorm.{p}", "layers.{i}.self_attn_layer_norm.{p}"),
-        whole("layers.{i}.self_attn.o_proj.{p}", "layers.{i}.self_attn.out_proj.{p}"),
-        whole("layers.{i}.pre_feedforward_layernorm.{p}", "layers.{i}.final_layer_norm.{p}"),
+        whole(
+            "layers.{i}.input_layernorm.{p}",
+            "layers.{i}.self_attn_layer_norm.{p}",
+        ),
+        whole(
+            "layers.{i}.self_attn.o_proj.{p}",
+            "layers.{i}.self_attn.out_proj.{p}",
+        ),
+        whole(
+            "layers.{i}.pre_feedforward_layernorm.{p}",
+            "layers.{i}.final_layer_norm.{p}",
+        ),
         whole("layers.{i}.mlp.up_proj.{p}", "layers.{i}.fc1.{p}"),
         whole("layers.{i}.mlp.down_proj.{p}", "layers.{i}.fc2.{p}"),
         whole("norm.{p}", "final_layer_norm.{p}"),
@@ -121,30 +205,81 @@ const GGUF: &[Rule] = &[
     whole("layers.{i}.self_attn.q_proj.{p}", "blk.{i}.attn_q.{p}"),
     whole("layers.{i}.self_attn.k_proj.{p}", "blk.{i}.attn_k.{p}"),
     whole("layers.{i}.self_attn.v_proj.{p}", "blk.{i}.attn_v.{p}"),
-    part(Part::Query, "layers.{i}.self_attn.q_proj.{p}", "blk.{i}.attn_qkv.{p}"),
-    part(Part::Key, "layers.{i}.self_attn.k_proj.{p}", "blk.{i}.attn_qkv.{p}"),
-    part(Part::Value, "layers.{i}.self_attn.v_proj.{p}", "blk.{i}.attn_qkv.{p}"),
+    part(
+        Part::Query,
+        "layers.{i}.self_attn.q_proj.{p}",
+        "blk.{i}.attn_qkv.{p}",
+    ),
+    part(
+        Part::Key,
+        "layers.{i}.self_attn.k_proj.{p}",
+        "blk.{i}.attn_qkv.{p}",
+    ),
+    part(
+        Part::Value,
+        "layers.{i}.self_attn.v_proj.{p}",
+        "blk.{i}.attn_qkv.{p}",
+    ),
     whole("layers.{i}.self_attn.o_proj.{p}", "blk.{i}.attn_output.{p}"),
     whole("layers.{i}.self_attn.q_norm.{p}", "blk.{i}.attn_q_norm.{p}"),
     whole("layers.{i}.self_attn.k_norm.{p}", "blk.{i}.attn_k_norm.{p}"),
-    whole("layers.{i}.post_attention_layernorm.{p}", "blk.{i}.post_attention_norm.{p}"),
+    whole(
+        "layers.{i}.post_attention_layernorm.{p}",
+        "blk.{i}.post_attention_norm.{p}",
+    ),
     whole("layers.{i}.pre_feedforward_layernorm.{p}", "blk.{i}.ffn_norm.{p}"),
-    whole("layers.{i}.post_feedforward_layernorm.{p}", "blk.{i}.post_ffw_norm.{p}"),
+    whole(
+        "layers.{i}.post_feedforward_layernorm.{p}",
+        "blk.{i}.post_ffw_norm.{p}",
+    ),
     whole("layers.{i}.mlp.gate_proj.{p}", "blk.{i}.ffn_gate.{p}"),
     whole("layers.{i}.mlp.up_proj.{p}", "blk.{i}.ffn_up.{p}"),
     whole("layers.{i}.mlp.down_proj.{p}", "blk.{i}.ffn_down.{p}"),
     whole("layers.{i}.mlp.router.{p}", "blk.{i}.ffn_gate_inp.{p}"),
-    whole("layers.{i}.mlp.router.correction_bias", "blk.{i}.exp_probs_b.bias"),
-    part(Part::Expert, "layers.{i}.mlp.experts.{e}.gate_proj.{p}", "blk.{i}.ffn_gate_exps.{p}"),
-    part(Part::Expert, "layers.{i}.mlp.experts.{e}.up_proj.{p}", "blk.{i}.ffn_up_exps.{p}"),
-    part(Part::Expert, "layers.{i}.mlp.experts.{e}.down_proj.{p}", "blk.{i}.ffn_down_exps.{p}"),
-    whole("layers.{i}.mlp.experts.{e}.gate_proj.{p}", "blk.{i}.ffn_gate.{e}.{p}"),
+    whole(
+        "layers.{i}.mlp.router.correction_bias",
+        "blk.{i}.exp_probs_b.bias",
+    ),
+    part(
+        Part::Expert,
+        "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+        "blk.{i}.ffn_gate_exps.{p}",
+    ),
+    part(
+        Part::Expert,
+        "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+        "blk.{i}.ffn_up_exps.{p}",
+    ),
+    part(
+        Part::Expert,
+        "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+        "blk.{i}.ffn_down_exps.{p}",
+    ),
+    whole(
+        "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+        "blk.{i}.ffn_gate.{e}.{p}",
+    ),
     whole("layers.{i}.mlp.experts.{e}.up_proj.{p}", "blk.{i}.ffn_up.{e}.{p}"),
-    whole("layers.{i}.mlp.experts.{e}.down_proj.{p}", "blk.{i}.ffn_down.{e}.{p}"),
-    whole("layers.{i}.mlp.shared_expert.gate_proj.{p}", "blk.{i}.ffn_gate_shexp.{p}"),
-    whole("layers.{i}.mlp.shared_expert.up_proj.{p}", "blk.{i}.ffn_up_shexp.{p}"),
-    whole("layers.{i}.mlp.shared_expert.down_proj.{p}", "blk.{i}.ffn_down_shexp.{p}"),
-    whole("layers.{i}.mlp.shared_expert_gate.{p}", "blk.{i}.ffn_gate_inp_shexp.{p}"),
+    whole(
+        "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+        "blk.{i}.ffn_down.{e}.{p}",
+    ),
+    whole(
+        "layers.{i}.mlp.shared_expert.gate_proj.{p}",
+        "blk.{i}.ffn_gate_shexp.{p}",
+    ),
+    whole(
+        "layers.{i}.mlp.shared_expert.up_proj.{p}",
+        "blk.{i}.ffn_up_shexp.{p}",
+    ),
+    whole(
+        "layers.{i}.mlp.shared_expert.down_proj.{p}",
+        "blk.{i}.ffn_down_shexp.{p}",
+    ),
+    whole(
+        "layers.{i}.mlp.shared_expert_gate.{p}",
+        "blk.{i}.ffn_gate_inp_shexp.{p}",
+    ),
 ];
 
 /// A tensor of the model: a canonical template with its numbers.
@@ -161,12 +296,20 @@ pub(crate) struct TensorKey {
 impl TensorKey {
     /// Key of a weight.
     pub(crate) const fn weight(template: &'static str, layer: usize, expert: usize) -> Self {
-        Self { template, layer, expert, property: "weight" }
+        Self {
+            template,
+            layer,
+            expert,
+            property: "weight",
+        }
     }
 
     /// The bias that goes with a weight.
     pub(crate) const fn bias(self) -> Self {
-        Self { property: "bias", ..self }
+        Self {
+            property: "bias",
+            ..self
+        }
     }
 
     fn fill(&self, template: &str) -> String {
@@ -178,7 +321,11 @@ impl TensorKey {
 
     /// Canonical name.
     pub(crate) fn name(&self) -> String {
-        let prefix = if self.template.starts_with("lm_head") { "" } else { "model." };
+        let prefix = if self.template.starts_with("lm_head") {
+            ""
+        } else {
+            "model."
+        };
         format!("{prefix}{}", self.fill(self.template))
     }
 
@@ -199,9 +346,16 @@ impl TensorKey {
             sources.push((self.fill(self.template), Part::Whole));
         }
         let with_prefix = |prefix: &str| {
-            sources.iter().map(|(name, part)| (format!("{prefix}{name}"), *part)).collect::<Vec<_>>()
+            sources
+                .iter()
+                .map(|(name, part)| (format!("{prefix}{name}"), *part))
+                .collect::<Vec<_>>()
         };
-        names.prefixes.iter().flat_map(|prefix| with_prefix(prefix)).collect()
+        names
+            .prefixes
+            .iter()
+            .flat_map(|prefix| with_prefix(prefix))
+            .collect()
     }
 
     /// Names to try in a GGUF file, best first.
@@ -216,4 +370,3 @@ impl TensorKey {
             .map(|rule| (self.fill(rule.source), rule.part))
     }
 }
-

@@ -34,7 +34,9 @@ impl Norm {
             x.iter_mut().for_each(|v| *v -= mean);
         }
         let scale = 1.0 / (dense::dot(x, x) / n + self.eps).sqrt();
-        x.iter_mut().zip(self.weight.iter()).for_each(|(v, w)| *v *= scale * w);
+        x.iter_mut()
+            .zip(self.weight.iter())
+            .for_each(|(v, w)| *v *= scale * w);
         if let Some(bias) = &self.bias {
             x.iter_mut().zip(bias.iter()).for_each(|(v, b)| *v += b);
         }

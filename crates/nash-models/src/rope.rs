@@ -14,7 +14,12 @@ pub(crate) fn frequencies(rope: &RopeFrequencies, dims: usize) -> (Vec<f32>, f32
         RopeScaling::None => (map(&|_, f| f), 1.0),
         RopeScaling::Linear { factor } => (map(&|_, f| f / factor), 1.0),
         RopeScaling::Factors(factors) => (map(&|j, f| f / f64::from(factors[j])), 1.0),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_context,
+        } => {
             let scale = |f: f64| {
                 let wave = 2.0 * std::f64::consts::PI / f;
                 if wave < original_context / high_freq_factor {
@@ -22,13 +27,21 @@ pub(crate) fn frequencies(rope: &RopeFrequencies, dims: usize) -> (Vec<f32>, f32
                 } else if wave > original_context / low_freq_factor {
                     f / factor
                 } else {
-                    let keep = (original_context / wave - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let keep =
+                        (original_context / wave - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     (1.0 - keep) * f / factor + keep * f
                 }
             };
             (map(&|_, f| scale(f)), 1.0)
         }
-        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor, truncate } => {
+        RopeScaling::Yarn {
+            factor,
+            original_context,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            truncate,
+        } => {
             // The dimension that makes `rotations` turns over the original context.
             let dimension = |rotations: f64| {
                 dims as f64 * (original_context / (rotations * 2.0 * std::f64::consts::PI)).ln()
@@ -88,8 +101,10 @@ impl RopeTable {
                     RopeStyle::Half => {
                         let (first, rest) = head.split_at_mut(half);
                         for j in 0..half {
-                            (first[j], rest[j]) =
-                                (first[j] * cos[j] - rest[j] * sin[j], rest[j] * cos[j] + first[j] * sin[j]);
+                            (first[j], rest[j]) = (
+                                first[j] * cos[j] - rest[j] * sin[j],
+                                rest[j] * cos[j] + first[j] * sin[j],
+                            );
                         }
                     }
                     RopeStyle::Interleaved => {
@@ -109,8 +124,16 @@ mod tests {
     use super::*;
 
     fn rope(style: RopeStyle) -> RopeConfig {
-        let global = RopeFrequencies { base: 10_000.0, scaling: RopeScaling::None };
-        RopeConfig { dims: 8, style, global, local: None }
+        let global = RopeFrequencies {
+            base: 10_000.0,
+            scaling: RopeScaling::None,
+        };
+        RopeConfig {
+            dims: 8,
+            style,
+            global,
+            local: None,
+        }
     }
 
     #[test]
@@ -124,7 +147,12 @@ mod tests {
         let mut a: Vec<f32> = (0..20).map(|v| v as f32 * 0.3 - 2.0).collect();
         let to_pairs = |x: &[f32]| -> Vec<f32> {
             x.chunks(10)
-                .flat_map(|h| (0..4).flat_map(|j| [h[j], h[j + 4]]).chain([h[8], h[9]]).collect::<Vec<_>>())
+                .flat_map(|h| {
+                    (0..4)
+                        .flat_map(|j| [h[j], h[j + 4]])
+                        .chain([h[8], h[9]])
+                        .collect::<Vec<_>>()
+                })
                 .collect()
         };
         let mut b = to_pairs(&a);

@@ -46,14 +46,28 @@ impl Default for SamplingParams {
 impl SamplingParams {
     fn validate(&self) -> Result<()> {
         let check = |ok: bool, name, value, range| {
-            if ok { Ok(()) } else { Err(ModelError::BadSampling { name, value, range }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(ModelError::BadSampling { name, value, range })
+            }
         };
         let t = self.temperature;
         check(t >= 0.0 && t.is_finite(), "temperature", t, "0 and above")?;
-        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "(0, 1]")?;
+        check(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "top_p",
+            self.top_p,
+            "(0, 1]",
+        )?;
         check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "[0, 1]")?;
         let penalty = self.repetition_penalty;
-        check(penalty > 0.0 && penalty.is_finite(), "repetition_penalty", penalty, "above 0")
+        check(
+            penalty > 0.0 && penalty.is_finite(),
+            "repetition_penalty",
+            penalty,
+            "above 0",
+        )
     }
 }
 
@@ -75,7 +89,12 @@ impl Sampler {
     pub fn new(params: SamplingParams) -> Result<Self> {
         params.validate()?;
         let rng = Pcg64::seed_from_u64(params.seed);
-        Ok(Self { params, rng, candidates: Vec::new(), penalized: Vec::new() })
+        Ok(Self {
+            params,
+            rng,
+            candidates: Vec::new(),
+            penalized: Vec::new(),
+        })
     }
 
     /// The parameters.
@@ -93,7 +112,12 @@ impl Sampler {
         }
         self.candidates.clear();
         let inverse = 1.0 / self.params.temperature;
-        self.candidates.extend(logits.iter().zip(0..).map(|(&logit, token)| (logit * inverse, token)));
+        self.candidates.extend(
+            logits
+                .iter()
+                .zip(0..)
+                .map(|(&logit, token)| (logit * inverse, token)),
+        );
         self.filter();
         self.draw()
     }
@@ -110,7 +134,11 @@ impl Sampler {
         for &token in recent {
             // From the original, so that a token seen twice is penalised once.
             if let Some(&logit) = logits.get(token as usize) {
-                self.penalized[token as usize] = if logit > 0.0 { logit / penalty } else { logit * penalty };
+                self.penalized[token as usize] = if logit > 0.0 {
+                    logit / penalty
+                } else {
+                    logit * penalty
+                };
             }
         }
         true
@@ -124,8 +152,14 @@ impl Sampler {
             self.candidates.select_nth_unstable_by(k - 1, best_first);
             self.candidates.truncate(k);
         }
-        let best = self.candidates.iter().map(|c| c.0).fold(f32::NEG_INFINITY, f32::max);
-        self.candidates.iter_mut().for_each(|c| c.0 = math::exp(c.0 - best));
+        let best = self
+            .candidates
+            .iter()
+            .map(|c| c.0)
+            .fold(f32::NEG_INFINITY, f32::max);
+        self.candidates
+            .iter_mut()
+            .for_each(|c| c.0 = math::exp(c.0 - best));
         // The best now has probability 1 before normalisation, so min-p compares with it directly. top-p looks at
         // the distribution before min-p cut it.
         let total: f32 = self.candidates.iter().map(|c| c.0).sum();
@@ -138,7 +172,8 @@ impl Sampler {
                 sum += c.0;
                 sum >= needed
             });
-            self.candidates.truncate(keep.map_or(self.candidates.len(), |last| last + 1));
+            self.candidates
+                .truncate(keep.map_or(self.candidates.len(), |last| last + 1));
         }
         if min_p > 0.0 {
             self.candidates.retain(|c| c.0 >= min_p);
@@ -203,7 +238,11 @@ mod tests {
 
     #[test]
     fn draws_follow_the_softmax() {
-        let params = SamplingParams { temperature: 0.8, seed: 7, ..Default::default() };
+        let params = SamplingParams {
+            temperature: 0.8,
+            seed: 7,
+            ..Default::default()
+        };
         let n = 40_000;
         let got = frequencies(params, &LOGITS, n);
         let weights: Vec<f64> = LOGITS.iter().map(|l| (f64::from(*l) / 0.8).exp()).collect();
@@ -211,40 +250,93 @@ mod tests {
         for (got, weight) in got.iter().zip(&weights) {
             let p = weight / total;
             // Five standard deviations of a binomial.
-            assert!((got - p).abs() < 5.0 * (p * (1.0 - p) / n as f64).sqrt(), "{got} {p}");
+            assert!(
+                (got - p).abs() < 5.0 * (p * (1.0 - p) / n as f64).sqrt(),
+                "{got} {p}"
+            );
         }
     }
 
     #[test]
     fn filters_cut_what_they_should() {
-        let base = SamplingParams { temperature: 1.0, seed: 3, ..Default::default() };
+        let base = SamplingParams {
+            temperature: 1.0,
+            seed: 3,
+            ..Default::default()
+        };
         let support = |params: SamplingParams| -> Vec<usize> {
             let f = frequencies(params, &LOGITS, 4000);
             (0..4).filter(|&i| f[i] > 0.0).collect()
         };
         assert_eq!(support(base.clone()), [0, 1, 2, 3]);
-        assert_eq!(support(SamplingParams { top_k: 2, ..base.clone() }), [1, 2]);
-        assert_eq!(support(SamplingParams { top_k: 1, ..base.clone() }), [1]);
+        assert_eq!(
+            support(SamplingParams {
+                top_k: 2,
+                ..base.clone()
+            }),
+            [1, 2]
+        );
+        assert_eq!(
+            support(SamplingParams {
+                top_k: 1,
+                ..base.clone()
+            }),
+            [1]
+        );
         // Probabilities: 0.089, 0.657, 0.242, 0.012.
-        assert_eq!(support(SamplingParams { top_p: 0.6, ..base.clone() }), [1]);
-        assert_eq!(support(SamplingParams { top_p: 0.8, ..base.clone() }), [1, 2]);
-        assert_eq!(support(SamplingParams { min_p: 0.1, ..base.clone() }), [0, 1, 2]);
+        assert_eq!(
+            support(SamplingParams {
+                top_p: 0.6,
+                ..base.clone()
+            }),
+            [1]
+        );
+        assert_eq!(
+            support(SamplingParams {
+                top_p: 0.8,
+                ..base.clone()
+            }),
+            [1, 2]
+        );
+        assert_eq!(
+            support(SamplingParams {
+                min_p: 0.1,
+                ..base.clone()
+            }),
+            [0, 1, 2]
+        );
         assert_eq!(support(SamplingParams { min_p: 0.5, ..base }), [1]);
     }
 
     #[test]
     fn repetition_penalty_counts_recent_tokens_once() {
-        let params = SamplingParams { repetition_penalty: 2.0, repeat_last_n: 2, ..Default::default() };
+        let params = SamplingParams {
+            repetition_penalty: 2.0,
+            repeat_last_n: 2,
+            ..Default::default()
+        };
         let mut sampler = sampler(params);
         assert_eq!(sampler.sample(&LOGITS, &[1, 1]), 2, "3 / 2 < 2");
-        assert_eq!(sampler.sample(&LOGITS, &[1, 0, 0]), 1, "token 1 is not recent any more");
-        assert_eq!(sampler.sample(&[-1.0, -1.5], &[0]), 1, "negative logits are multiplied");
+        assert_eq!(
+            sampler.sample(&LOGITS, &[1, 0, 0]),
+            1,
+            "token 1 is not recent any more"
+        );
+        assert_eq!(
+            sampler.sample(&[-1.0, -1.5], &[0]),
+            1,
+            "negative logits are multiplied"
+        );
     }
 
     #[test]
     fn same_seed_same_tokens() {
         let run = |seed| {
-            let mut s = sampler(SamplingParams { temperature: 1.5, seed, ..Default::default() });
+            let mut s = sampler(SamplingParams {
+                temperature: 1.5,
+                seed,
+                ..Default::default()
+            });
             (0..50).map(|_| s.sample(&LOGITS, &[])).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
@@ -254,11 +346,26 @@ mod tests {
     #[test]
     fn bad_parameters_are_refused() {
         for params in [
-            SamplingParams { temperature: -1.0, ..Default::default() },
-            SamplingParams { temperature: f32::NAN, ..Default::default() },
-            SamplingParams { top_p: 0.0, ..Default::default() },
-            SamplingParams { min_p: 1.5, ..Default::default() },
-            SamplingParams { repetition_penalty: 0.0, ..Default::default() },
+            SamplingParams {
+                temperature: -1.0,
+                ..Default::default()
+            },
+            SamplingParams {
+                temperature: f32::NAN,
+                ..Default::default()
+            },
+            SamplingParams {
+                top_p: 0.0,
+                ..Default::default()
+            },
+            SamplingParams {
+                min_p: 1.5,
+                ..Default::default()
+            },
+            SamplingParams {
+                repetition_penalty: 0.0,
+                ..Default::default()
+            },
         ] {
             assert!(Sampler::new(params).is_err());
         }

@@ -62,7 +62,9 @@ impl Weights {
     }
 
     pub(crate) fn set(&mut self, name: &str, linear: Arc<dyn Linear>) -> Result<()> {
-        let slot = self.slot(name).ok_or_else(|| ModelError::NoSuchLinear { name: name.to_owned() })?;
+        let slot = self.slot(name).ok_or_else(|| ModelError::NoSuchLinear {
+            name: name.to_owned(),
+        })?;
         let info = &self.slots[slot].info;
         if (linear.rows(), linear.cols()) != (info.rows, info.cols) {
             return Err(ModelError::WrongShape {
@@ -95,7 +97,12 @@ impl Weights {
     pub(crate) fn check_finite(&self) -> Result<()> {
         let not_finite = |tensor: &str, row, values: &[f32]| {
             let col = values.iter().position(|v| !v.is_finite())?;
-            Some(ModelError::NotFinite { tensor: tensor.to_owned(), row, col, value: values[col] })
+            Some(ModelError::NotFinite {
+                tensor: tensor.to_owned(),
+                row,
+                col,
+                value: values[col],
+            })
         };
         for (name, _, values) in &self.floats {
             not_finite(name, 0, values).map_or(Ok(()), Err)?;

@@ -243,7 +243,10 @@ pub(crate) const FAMILIES: &[Family] = &[
         qkv_bias: BiasRule::Never,
         out_bias: BiasRule::Never,
         window: WindowRule::All,
-        moe: Some(MoeRule { normalize: true, ..MOE }),
+        moe: Some(MoeRule {
+            normalize: true,
+            ..MOE
+        }),
         defaults: r#"{"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "tie_word_embeddings": false,
             "max_position_embeddings": 131072, "num_key_value_heads": 8, "num_local_experts": 8,
             "num_experts_per_tok": 2}"#,
@@ -255,7 +258,10 @@ pub(crate) const FAMILIES: &[Family] = &[
         gguf: &["qwen2moe"],
         qkv_bias: BiasRule::Key("qkv_bias"),
         window: WindowRule::All,
-        moe: Some(MoeRule { shared: SharedRule::Gated, ..MOE }),
+        moe: Some(MoeRule {
+            shared: SharedRule::Gated,
+            ..MOE
+        }),
         defaults: r#"{"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false, "qkv_bias": true,
             "max_position_embeddings": 32768, "use_sliding_window": false, "decoder_sparse_step": 1,
             "norm_topk_prob": false, "moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4,
@@ -268,7 +274,10 @@ pub(crate) const FAMILIES: &[Family] = &[
         gguf: &["qwen3moe"],
         window: WindowRule::All,
         // GGUF files do not say it; every released model does. In config.json the default is no.
-        moe: Some(MoeRule { normalize: true, ..MOE }),
+        moe: Some(MoeRule {
+            normalize: true,
+            ..MOE
+        }),
         ..QWEN3
     },
     Family {
@@ -286,7 +295,10 @@ pub(crate) const FAMILIES: &[Family] = &[
         name: "deepseek",
         hf: &["deepseek"],
         gguf: &["deepseek"],
-        moe: Some(MoeRule { shared: SharedRule::Count, ..MOE }),
+        moe: Some(MoeRule {
+            shared: SharedRule::Count,
+            ..MOE
+        }),
         ..LLAMA
     },
     Family {
@@ -349,15 +361,28 @@ impl Family {
     pub(crate) fn named(name: &str) -> Result<&'static Self> {
         FAMILIES.iter().find(|family| family.name == name).ok_or_else(|| {
             let known: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
-            ModelError::UnknownArchitecture { found: name.to_owned(), known: known.join(", ") }
+            ModelError::UnknownArchitecture {
+                found: name.to_owned(),
+                known: known.join(", "),
+            }
         })
     }
 
     fn find(name: &str, names: impl Fn(&Self) -> &'static [&'static str]) -> Result<&'static Self> {
-        FAMILIES.iter().find(|family| names(family).contains(&name)).ok_or_else(|| {
-            let known: Vec<&str> = FAMILIES.iter().flat_map(|family| names(family)).copied().collect();
-            ModelError::UnknownArchitecture { found: name.to_owned(), known: known.join(", ") }
-        })
+        FAMILIES
+            .iter()
+            .find(|family| names(family).contains(&name))
+            .ok_or_else(|| {
+                let known: Vec<&str> = FAMILIES
+                    .iter()
+                    .flat_map(|family| names(family))
+                    .copied()
+                    .collect();
+                ModelError::UnknownArchitecture {
+                    found: name.to_owned(),
+                    known: known.join(", "),
+                }
+            })
     }
 }
 
@@ -378,7 +403,10 @@ mod tests {
     #[test]
     fn unknown_architecture_lists_the_known_ones() {
         let error = Family::from_hf("mamba").unwrap_err().to_string();
-        assert!(error.contains("mamba") && error.contains("llama") && error.contains("qwen2_moe"), "{error}");
+        assert!(
+            error.contains("mamba") && error.contains("llama") && error.contains("qwen2_moe"),
+            "{error}"
+        );
         assert!(Family::from_gguf("opt").is_err(), "there is no GGUF form of OPT");
     }
 }

@@ -9,7 +9,7 @@ use super::family::{Family, QkNormRule, SharedRule, WindowRule};
 use super::hf::yarn_mscale;
 use super::{
     AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig, NormKind,
-    Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, Scoring, SharedExpert,
+    Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, Scoring, SharedExpert, check_layers,
 };
 use crate::error::{ModelError, Result};
 
@@ -21,7 +21,12 @@ impl ModelConfig {
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let architecture = gguf.str("general.architecture")?;
         let family = gguf_family(gguf, architecture)?;
-        let config = Keys { gguf, architecture, family }.read()?;
+        let config = Keys {
+            gguf,
+            architecture,
+            family,
+        }
+        .read()?;
         config.validate()?;
         Ok(config)
     }
@@ -29,7 +34,9 @@ impl ModelConfig {
 
 /// The family of a GGUF file. Mixtral files call themselves `llama`.
 pub(crate) fn gguf_family(gguf: &Gguf, architecture: &str) -> Result<&'static Family> {
-    let has_experts = gguf.u64(&format!("{architecture}.expert_count")).is_ok_and(|count| count > 0);
+    let has_experts = gguf
+        .u64(&format!("{architecture}.expert_count"))
+        .is_ok_and(|count| count > 0);
     match architecture {
         "llama" if has_experts => Family::from_gguf("mixtral"),
         _ => Family::from_gguf(architecture),
@@ -53,10 +60,15 @@ impl Keys<'_> {
     /// A size, absent if the key is. Arrays (one value per layer) are accepted where all entries agree.
     fn size(&self, key: &str) -> Result<Option<usize>> {
         let key = self.key(key);
-        let Some(value) = self.gguf.get(&key) else { return Ok(None) };
+        let Some(value) = self.gguf.get(&key) else {
+            return Ok(None);
+        };
         if let Some(array) = value.as_array() {
             let sizes = array.to_i64s().unwrap_or_default();
-            return match sizes.first().map(|first| (usize::try_from(*first), sizes.iter().all(|s| s == first))) {
+            return match sizes
+                .first()
+                .map(|first| (usize::try_from(*first), sizes.iter().all(|s| s == first)))
+            {
                 Some((Ok(size), true)) => Ok(Some(size)),
                 _ => Err(self.unsupported(format!("{key} that differs from layer to layer"))),
             };
@@ -65,8 +77,10 @@ impl Keys<'_> {
     }
 
     fn need_size(&self, key: &str) -> Result<usize> {
-        self.size(key)?
-            .ok_or_else(|| ModelError::Config { key: self.key(key), problem: "missing".into() })
+        self.size(key)?.ok_or_else(|| ModelError::Config {
+            key: self.key(key),
+            problem: "missing".into(),
+        })
     }
 
     fn number(&self, key: &str) -> Option<f64> {
@@ -74,7 +88,10 @@ impl Keys<'_> {
     }
 
     fn unsupported(&self, what: String) -> ModelError {
-        ModelError::Unsupported { architecture: self.architecture.to_owned(), what }
+        ModelError::Unsupported {
+            architecture: self.architecture.to_owned(),
+            what,
+        }
     }
 
     /// Shape of a tensor, outermost first.
@@ -90,13 +107,15 @@ impl Keys<'_> {
         let family = self.family;
         let hidden_size = self.need_size("embedding_length")?;
         let num_layers = self.need_size("block_count")?;
+        check_layers(num_layers)?;
         let eps = match family.norm {
             NormKind::Rms => "attention.layer_norm_rms_epsilon",
             NormKind::Layer => "attention.layer_norm_epsilon",
         };
-        let eps = self
-            .number(eps)
-            .ok_or_else(|| ModelError::Config { key: self.key(eps), problem: "missing".into() })?;
+        let eps = self.number(eps).ok_or_else(|| ModelError::Config {
+            key: self.key(eps),
+            problem: "missing".into(),
+        })?;
         let attention = self.attention(hidden_size, num_layers)?;
         let vocab_size = self
             .shape("token_embd.weight")
@@ -114,7 +133,11 @@ impl Keys<'_> {
             _ => self.need_size("context_length")?,
         };
         let layers = self.layers(num_layers, attention.window)?;
-        let moe = if layers.iter().any(|layer| layer.experts) { self.moe()? } else { None };
+        let moe = if layers.iter().any(|layer| layer.experts) {
+            self.moe()?
+        } else {
+            None
+        };
         let intermediate = match self.size("feed_forward_length")? {
             Some(size) => size,
             None => hidden_size.saturating_mul(4),
@@ -140,9 +163,16 @@ impl Keys<'_> {
             moe,
             layers,
             attention,
-            embedding_scale: if family.scale_embedding { (hidden_size as f32).sqrt() } else { 1.0 },
+            embedding_scale: if family.scale_embedding {
+                (hidden_size as f32).sqrt()
+            } else {
+                1.0
+            },
             tie_embeddings: !self.has("output.weight"),
-            logit_softcap: self.number("final_logit_softcapping").map(|cap| cap as f32).filter(|cap| *cap > 0.0),
+            logit_softcap: self
+                .number("final_logit_softcapping")
+                .map(|cap| cap as f32)
+                .filter(|cap| *cap > 0.0),
         })
     }
 
@@ -152,7 +182,10 @@ impl Keys<'_> {
             Some(dim) => dim,
             None => hidden_size / heads.max(1),
         };
-        if self.size("attention.value_length")?.is_some_and(|dim| dim != head_dim) {
+        if self
+            .size("attention.value_length")?
+            .is_some_and(|dim| dim != head_dim)
+        {
             return Err(self.unsupported("value heads of another width than key heads".into()));
         }
         let qk_norm = match self.family.qk_norm {
@@ -161,7 +194,11 @@ impl Keys<'_> {
             _ => QkNorm::PerHead,
         };
         let big_gemma = GEMMA_27B_LAYERS.contains(&(self.family.name, num_layers));
-        let width = if big_gemma { (hidden_size / heads.max(1)) as f64 } else { head_dim as f64 };
+        let width = if big_gemma {
+            (hidden_size / heads.max(1)) as f64
+        } else {
+            head_dim as f64
+        };
         let scale = self.number("attention.scale").filter(|scale| *scale > 0.0);
         Ok(AttentionConfig {
             heads,
@@ -171,13 +208,19 @@ impl Keys<'_> {
             qkv_bias: self.has("blk.0.attn_q.bias") || self.has("blk.0.attn_qkv.bias"),
             out_bias: self.has("blk.0.attn_output.bias"),
             qk_norm,
-            softcap: self.number("attn_logit_softcapping").map(|cap| cap as f32).filter(|cap| *cap > 0.0),
+            softcap: self
+                .number("attn_logit_softcapping")
+                .map(|cap| cap as f32)
+                .filter(|cap| *cap > 0.0),
             window: match (self.family.window, self.size("attention.sliding_window")?) {
                 (_, Some(0)) => None,
                 (WindowRule::AllButEvery(2), None) => Some(4096),
                 (_, window) => window,
             },
-            clip: self.number("attention.clamp_kqv").map(|clip| clip as f32).filter(|clip| *clip > 0.0),
+            clip: self
+                .number("attention.clamp_kqv")
+                .map(|clip| clip as f32)
+                .filter(|clip| *clip > 0.0),
         })
     }
 
@@ -188,15 +231,22 @@ impl Keys<'_> {
             Some(Array::Bool(flags)) => Some(flags),
             _ => None,
         };
-        let every = pattern.and_then(|value| value.as_u64()).and_then(|n| usize::try_from(n).ok());
+        let every = pattern
+            .and_then(|value| value.as_u64())
+            .and_then(|n| usize::try_from(n).ok());
         if flags.is_some_and(|flags| flags.len() < count) {
-            return Err(ModelError::Config { key, problem: format!("fewer than {count} entries") });
+            return Err(ModelError::Config {
+                key,
+                problem: format!("fewer than {count} entries"),
+            });
         }
         Ok((0..count)
             .map(|layer| {
                 let sliding = match (flags, self.family.window) {
                     (Some(flags), _) => flags[layer],
-                    (None, WindowRule::AllButEvery(n)) => !(layer + 1).is_multiple_of(every.unwrap_or(n).max(1)),
+                    (None, WindowRule::AllButEvery(n)) => {
+                        !(layer + 1).is_multiple_of(every.unwrap_or(n).max(1))
+                    }
                     (None, _) => true,
                 };
                 LayerConfig {
@@ -214,10 +264,19 @@ impl Keys<'_> {
         // Any layer with experts shows the widths that older files leave out of their metadata.
         let rows = |kind: &str| {
             let suffix = format!(".{kind}.weight");
-            let tensor = self.gguf.tensors().iter().find(|tensor| tensor.name.ends_with(&suffix));
-            tensor.and_then(|tensor| tensor.shape.iter().rev().nth(1)).copied()
+            let tensor = self
+                .gguf
+                .tensors()
+                .iter()
+                .find(|tensor| tensor.name.ends_with(&suffix));
+            tensor
+                .and_then(|tensor| tensor.shape.iter().rev().nth(1))
+                .copied()
         };
-        let intermediate = match self.size("expert_feed_forward_length")?.or_else(|| rows("ffn_up_exps")) {
+        let intermediate = match self
+            .size("expert_feed_forward_length")?
+            .or_else(|| rows("ffn_up_exps"))
+        {
             Some(size) => size,
             None => self.need_size("feed_forward_length")?,
         };
@@ -234,11 +293,17 @@ impl Keys<'_> {
             Some(2) => Scoring::Sigmoid,
             Some(other) => return Err(self.unsupported(format!("expert gating function {other}"))),
         };
-        let groups = match (self.size("expert_group_count")?, self.size("expert_group_used_count")?) {
+        let groups = match (
+            self.size("expert_group_count")?,
+            self.size("expert_group_used_count")?,
+        ) {
             (Some(count), Some(top_k)) if count > 1 => Some(ExpertGroups { count, top_k }),
             _ => None,
         };
-        let normalize = self.gguf.get(&self.key("expert_weights_norm")).and_then(|value| value.as_bool());
+        let normalize = self
+            .gguf
+            .get(&self.key("expert_weights_norm"))
+            .and_then(|value| value.as_bool());
         let scale = self.number("expert_weights_scale").filter(|scale| *scale != 0.0);
         Ok(Some(MoeConfig {
             experts: self.need_size("expert_count")?,
@@ -263,8 +328,14 @@ impl Keys<'_> {
         Ok(RopeConfig {
             dims: self.size("rope.dimension_count")?.unwrap_or(head_dim),
             style: self.family.gguf_rope,
-            global: RopeFrequencies { base, scaling: self.scaling()? },
-            local: local.map(|base| RopeFrequencies { base, scaling: RopeScaling::None }),
+            global: RopeFrequencies {
+                base,
+                scaling: self.scaling()?,
+            },
+            local: local.map(|base| RopeFrequencies {
+                base,
+                scaling: RopeScaling::None,
+            }),
         })
     }
 
@@ -272,9 +343,14 @@ impl Keys<'_> {
         if let Some(tensor) = self.gguf.find("rope_freqs.weight") {
             return Ok(RopeScaling::Factors(tensor.to_f32()?));
         }
-        let kind = self.gguf.get(&self.key("rope.scaling.type")).and_then(|value| value.as_str());
+        let kind = self
+            .gguf
+            .get(&self.key("rope.scaling.type"))
+            .and_then(|value| value.as_str());
         // Old files have only a linear scale, under another key.
-        let factor = self.number("rope.scaling.factor").or_else(|| self.number("rope.scale_linear"));
+        let factor = self
+            .number("rope.scaling.factor")
+            .or_else(|| self.number("rope.scale_linear"));
         let factor = factor.filter(|factor| *factor > 0.0);
         match (kind.unwrap_or("linear"), factor) {
             ("none", _) | ("linear", None) => Ok(RopeScaling::None),

@@ -9,6 +9,7 @@ use super::family::{BiasRule, Family, QkNormRule, SharedRule, WindowRule};
 use super::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
     NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, SharedExpert,
+    check_layers,
 };
 use crate::error::{ModelError, Result};
 
@@ -18,22 +19,35 @@ impl ModelConfig {
     /// # Errors
     /// Unknown architectures (listing the known ones), unsupported variants, missing or absurd values.
     pub fn from_hf(config_json: &Value) -> Result<Self> {
-        let json = config_json.get("text_config").filter(|text| text.is_object()).unwrap_or(config_json);
-        let model_type =
-            json.get("model_type").or_else(|| config_json.get("model_type")).and_then(Value::as_str);
+        let json = config_json
+            .get("text_config")
+            .filter(|text| text.is_object())
+            .unwrap_or(config_json);
+        let model_type = json
+            .get("model_type")
+            .or_else(|| config_json.get("model_type"))
+            .and_then(Value::as_str);
         let model_type =
             model_type.ok_or_else(|| bad("model_type", "missing; is this the config.json of a model?"))?;
         let family = Family::from_hf(model_type)?;
         let defaults = serde_json::from_str(family.defaults)
             .map_err(|error| bad(family.name, &format!("defaults: {error}")))?;
-        let config = Keys { json, defaults, family }.read()?;
+        let config = Keys {
+            json,
+            defaults,
+            family,
+        }
+        .read()?;
         config.validate()?;
         Ok(config)
     }
 }
 
 fn bad(key: &str, problem: &str) -> ModelError {
-    ModelError::Config { key: key.to_owned(), problem: problem.to_owned() }
+    ModelError::Config {
+        key: key.to_owned(),
+        problem: problem.to_owned(),
+    }
 }
 
 /// A JSON object with the family's defaults behind it.
@@ -73,12 +87,17 @@ impl Keys<'_> {
 
     fn flag(&self, key: &str) -> Result<bool> {
         self.get(&[key]).map_or(Ok(false), |value| {
-            value.as_bool().ok_or_else(|| bad(key, &format!("{value} is neither true nor false")))
+            value
+                .as_bool()
+                .ok_or_else(|| bad(key, &format!("{value} is neither true nor false")))
         })
     }
 
     fn unsupported(&self, what: String) -> ModelError {
-        ModelError::Unsupported { architecture: self.family.name.to_owned(), what }
+        ModelError::Unsupported {
+            architecture: self.family.name.to_owned(),
+            what,
+        }
     }
 
     fn read(&self) -> Result<ModelConfig> {
@@ -86,6 +105,7 @@ impl Keys<'_> {
         let family = self.family;
         let hidden_size = self.need_size(&["hidden_size", "n_embd"])?;
         let num_layers = self.need_size(&["num_hidden_layers", "n_layer"])?;
+        check_layers(num_layers)?;
         let attention = self.attention(hidden_size)?;
         let positions = match family.learned_positions {
             Some(offset) => Positions::Learned { offset },
@@ -104,7 +124,11 @@ impl Keys<'_> {
                 eps: self
                     .number(&["rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"])?
                     .ok_or_else(|| bad("rms_norm_eps", "missing"))? as f32,
-                placement: if before { family.placement } else { NormPlacement::AfterResidual },
+                placement: if before {
+                    family.placement
+                } else {
+                    NormPlacement::AfterResidual
+                },
                 final_norm: before,
             },
             positions,
@@ -117,7 +141,11 @@ impl Keys<'_> {
             layers: self.layers(num_layers, attention.window, moe.is_some())?,
             moe,
             attention,
-            embedding_scale: if family.scale_embedding { (hidden_size as f32).sqrt() } else { 1.0 },
+            embedding_scale: if family.scale_embedding {
+                (hidden_size as f32).sqrt()
+            } else {
+                1.0
+            },
             tie_embeddings: self.flag("tie_word_embeddings")?,
             logit_softcap: self.number(&["final_logit_softcapping"])?.map(|cap| cap as f32),
         })
@@ -129,9 +157,9 @@ impl Keys<'_> {
             (self.size(&["word_embed_proj_dim"])?, self.size(&["hidden_size"])?)
             && proj != hidden
         {
-            return Err(
-                self.unsupported(format!("word_embed_proj_dim {proj} other than hidden_size {hidden}"))
-            );
+            return Err(self.unsupported(format!(
+                "word_embed_proj_dim {proj} other than hidden_size {hidden}"
+            )));
         }
         let truths = [
             ("scale_attn_by_inverse_layer_idx", false),
@@ -165,7 +193,12 @@ impl Keys<'_> {
         let head_dim = match self.size(&["head_dim"])? {
             Some(dim) => dim,
             None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            None => return Err(bad("head_dim", &format!("missing, and {hidden_size}/{heads} is not whole"))),
+            None => {
+                return Err(bad(
+                    "head_dim",
+                    &format!("missing, and {hidden_size}/{heads} is not whole"),
+                ));
+            }
         };
         let qk_norm = match family.qk_norm {
             QkNormRule::Never => QkNorm::None,
@@ -176,7 +209,9 @@ impl Keys<'_> {
         };
         let slides = !matches!(family.window, WindowRule::Never)
             && (self.get(&["use_sliding_window"]).is_none() || self.flag("use_sliding_window")?);
-        let scale = self.number(&["query_pre_attn_scalar"])?.unwrap_or(head_dim as f64);
+        let scale = self
+            .number(&["query_pre_attn_scalar"])?
+            .unwrap_or(head_dim as f64);
         Ok(AttentionConfig {
             heads,
             kv_heads: self.size(&["num_key_value_heads"])?.unwrap_or(heads),
@@ -186,7 +221,11 @@ impl Keys<'_> {
             out_bias: self.bias(family.out_bias)?,
             qk_norm,
             softcap: self.number(&["attn_logit_softcapping"])?.map(|cap| cap as f32),
-            window: if slides { self.size(&["sliding_window"])? } else { None },
+            window: if slides {
+                self.size(&["sliding_window"])?
+            } else {
+                None
+            },
             clip: self.number(&["clip_qkv"])?.map(|clip| clip as f32),
         })
     }
@@ -222,7 +261,10 @@ impl Keys<'_> {
         if let Some(types) = types
             && types.len() != count
         {
-            return Err(bad("layer_types", &format!("{} entries for {count} layers", types.len())));
+            return Err(bad(
+                "layer_types",
+                &format!("{} entries for {count} layers", types.len()),
+            ));
         }
         let from = self.size(&["max_window_layers"])?.unwrap_or(0);
         let every = self.size(&["sliding_window_pattern"])?;
@@ -236,22 +278,25 @@ impl Keys<'_> {
                         WindowRule::Never => false,
                         WindowRule::All => true,
                         WindowRule::FromLayer => layer >= from,
-                        WindowRule::AllButEvery(n) => {
-                            !(layer + 1).is_multiple_of(every.unwrap_or(n).max(1))
-                        }
+                        WindowRule::AllButEvery(n) => !(layer + 1).is_multiple_of(every.unwrap_or(n).max(1)),
                     },
                 };
                 let experts = moe
                     && layer >= dense_first
                     && (layer + 1).is_multiple_of(step)
                     && !dense_only.contains(&(layer as u64));
-                Ok(LayerConfig { sliding: sliding && window.is_some(), experts })
+                Ok(LayerConfig {
+                    sliding: sliding && window.is_some(),
+                    experts,
+                })
             })
             .collect()
     }
 
     fn moe(&self) -> Result<Option<MoeConfig>> {
-        let Some(rule) = self.family.moe else { return Ok(None) };
+        let Some(rule) = self.family.moe else {
+            return Ok(None);
+        };
         let Some(experts) = self.size(&["num_local_experts", "num_experts", "n_routed_experts"])? else {
             return Ok(None);
         };
@@ -297,18 +342,30 @@ impl Keys<'_> {
     fn rope(&self, head_dim: usize) -> Result<RopeConfig> {
         let parameters = self.json.get("rope_parameters").filter(|value| value.is_object());
         // Gemma 3 keeps one object per layer type.
-        let by_type = |kind: &str| parameters.and_then(|p| p.get(kind)).filter(|value| value.is_object());
+        let by_type = |kind: &str| {
+            parameters
+                .and_then(|p| p.get(kind))
+                .filter(|value| value.is_object())
+        };
         let full = by_type("full_attention").or(parameters);
         let base_of = |p: Option<&Value>| {
-            p.and_then(|p| p.get("rope_theta")).map(|v| number("rope_theta", v)).transpose()
+            p.and_then(|p| p.get("rope_theta"))
+                .map(|v| number("rope_theta", v))
+                .transpose()
         };
         let base = match base_of(full)? {
             Some(base) => base,
             None => self.number(&["rope_theta"])?.unwrap_or(10_000.0),
         };
-        let scaling =
-            full.or_else(|| self.json.get("rope_scaling").filter(|value| value.is_object() || value.is_string()));
-        let global = RopeFrequencies { base, scaling: self.scaling(scaling)? };
+        let scaling = full.or_else(|| {
+            self.json
+                .get("rope_scaling")
+                .filter(|value| value.is_object() || value.is_string())
+        });
+        let global = RopeFrequencies {
+            base,
+            scaling: self.scaling(scaling)?,
+        };
         let local_base = match base_of(by_type("sliding_attention"))? {
             Some(base) => Some(base),
             None => self.number(&["rope_local_base_freq"])?,
@@ -325,24 +382,40 @@ impl Keys<'_> {
             dims: (head_dim as f64 * fraction) as usize,
             style: RopeStyle::Half,
             global,
-            local: local_base.map(|base| RopeFrequencies { base, scaling: RopeScaling::None }),
+            local: local_base.map(|base| RopeFrequencies {
+                base,
+                scaling: RopeScaling::None,
+            }),
         })
     }
 
     fn scaling(&self, object: Option<&Value>) -> Result<RopeScaling> {
-        let Some(object) = object else { return Ok(RopeScaling::None) };
+        let Some(object) = object else {
+            return Ok(RopeScaling::None);
+        };
         let get = |key: &str| {
-            object.get(key).filter(|value| !value.is_null()).map(|value| number(key, value)).transpose()
+            object
+                .get(key)
+                .filter(|value| !value.is_null())
+                .map(|value| number(key, value))
+                .transpose()
         };
         let need = |key: &str| get(key)?.ok_or_else(|| bad(&format!("rope_scaling.{key}"), "missing"));
         let original = || match get("original_max_position_embeddings")? {
             Some(context) => Ok(context),
-            None => self.need_size(&["max_position_embeddings"]).map(|context| context as f64),
+            None => self
+                .need_size(&["max_position_embeddings"])
+                .map(|context| context as f64),
         };
-        let kind = object.get("rope_type").or_else(|| object.get("type")).and_then(Value::as_str);
+        let kind = object
+            .get("rope_type")
+            .or_else(|| object.get("type"))
+            .and_then(Value::as_str);
         match kind.unwrap_or("default") {
             "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: need("factor")? }),
+            "linear" => Ok(RopeScaling::Linear {
+                factor: need("factor")?,
+            }),
             "llama3" => Ok(RopeScaling::Llama3 {
                 factor: need("factor")?,
                 low_freq_factor: need("low_freq_factor")?,
@@ -351,13 +424,14 @@ impl Keys<'_> {
             }),
             "yarn" => {
                 let factor = need("factor")?;
-                let attention_factor = match (get("attention_factor")?, get("mscale")?, get("mscale_all_dim")?) {
-                    (Some(given), _, _) => given,
-                    (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
-                        yarn_mscale(factor, m) / yarn_mscale(factor, all)
-                    }
-                    _ => yarn_mscale(factor, 1.0),
-                };
+                let attention_factor =
+                    match (get("attention_factor")?, get("mscale")?, get("mscale_all_dim")?) {
+                        (Some(given), _, _) => given,
+                        (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
+                            yarn_mscale(factor, m) / yarn_mscale(factor, all)
+                        }
+                        _ => yarn_mscale(factor, 1.0),
+                    };
                 Ok(RopeScaling::Yarn {
                     factor,
                     original_context: original()?,
@@ -374,11 +448,17 @@ impl Keys<'_> {
 
 /// Entropy correction of YaRN: `0.1·m·ln s + 1`.
 pub(super) fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * mscale * factor.ln() + 1.0
+    }
 }
 
 fn number(key: &str, value: &Value) -> Result<f64> {
-    value.as_f64().ok_or_else(|| bad(key, &format!("{value} is not a number")))
+    value
+        .as_f64()
+        .ok_or_else(|| bad(key, &format!("{value} is not a number")))
 }
 
 #[cfg(test)]
@@ -443,8 +523,13 @@ mod tests {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}});
         let config = ModelConfig::from_hf(&gemma).unwrap();
         let sliding = config.layers.iter().filter(|layer| layer.sliding).count();
-        assert_eq!((sliding, config.layers[5].sliding, config.attention.window), (29, false, Some(1024)));
-        let Positions::Rope(rope) = config.positions else { panic!("rope") };
+        assert_eq!(
+            (sliding, config.layers[5].sliding, config.attention.window),
+            (29, false, Some(1024))
+        );
+        let Positions::Rope(rope) = config.positions else {
+            panic!("rope")
+        };
         assert_eq!(rope.global.scaling, RopeScaling::Linear { factor: 8.0 });
         assert_eq!(rope.local.unwrap().base, 10_000.0);
         assert!(config.tie_embeddings);

@@ -297,10 +297,12 @@ impl ModelConfig {
     /// # Errors
     /// The key is missing or does not hold a consistent configuration.
     pub fn from_packed(config_json: &serde_json::Value) -> Result<Self> {
-        let value = config_json.get("nashswarm_model").ok_or_else(|| ModelError::Config {
-            key: "nashswarm_model".into(),
-            problem: "missing from config.json; is this a packed model?".into(),
-        })?;
+        let value = config_json
+            .get("nashswarm_model")
+            .ok_or_else(|| ModelError::Config {
+                key: "nashswarm_model".into(),
+                problem: "missing from config.json; is this a packed model?".into(),
+            })?;
         let config = Self::deserialize(value).map_err(|error| ModelError::Config {
             key: "nashswarm_model".into(),
             problem: error.to_string(),
@@ -330,7 +332,11 @@ impl ModelConfig {
     /// The window of a layer: how many positions it sees, its own included; `None` for all.
     #[must_use]
     pub fn window(&self, layer: usize) -> Option<usize> {
-        if self.layers[layer].sliding { self.attention.window } else { None }
+        if self.layers[layer].sliding {
+            self.attention.window
+        } else {
+            None
+        }
     }
 
     /// Bytes of KV cache per position (f16).
@@ -345,20 +351,27 @@ impl ModelConfig {
     /// Names the first inconsistent value.
     pub fn validate(&self) -> Result<()> {
         let require = |ok: bool, key: &str, problem: String| {
-            if ok { Ok(()) } else { Err(ModelError::Config { key: key.into(), problem }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(ModelError::Config {
+                    key: key.into(),
+                    problem,
+                })
+            }
         };
         let sized = |key: &str, value: usize| {
             // Products of two sizes must stay far from overflow, also on files that lie.
-            require((1..=1 << 28).contains(&value), key, format!("{value} is not a sensible size"))
+            require(
+                (1..=1 << 28).contains(&value),
+                key,
+                format!("{value} is not a sensible size"),
+            )
         };
         sized("vocab_size", self.vocab_size)?;
         sized("hidden_size", self.hidden_size)?;
         sized("context_length", self.context_length)?;
-        require(
-            (1..=4096).contains(&self.layers.len()),
-            "layers",
-            format!("{} is not a sensible number of layers", self.layers.len()),
-        )?;
+        check_layers(self.layers.len())?;
         self.validate_attention(&require, &sized)?;
         require(
             self.norm.eps.is_finite() && self.norm.eps >= 0.0,
@@ -374,7 +387,14 @@ impl ModelConfig {
             sized("mlp intermediate size", self.mlp.intermediate)?;
         }
         match &self.moe {
-            Some(moe) => moe.validate(&require, &sized),
+            Some(moe) => {
+                require(
+                    moe.experts.saturating_mul(self.layers.len()) <= 1 << 18,
+                    "experts",
+                    format!("{} in {} layers are too many", moe.experts, self.layers.len()),
+                )?;
+                moe.validate(&require, &sized)
+            }
             None => require(
                 self.layers.iter().all(|layer| !layer.experts),
                 "layers",
@@ -402,8 +422,16 @@ impl ModelConfig {
             "attention heads",
             format!("{} query heads cannot share {} key heads", a.heads, a.kv_heads),
         )?;
-        require(a.scale.is_finite(), "attention scale", format!("{} is not finite", a.scale))?;
-        require(a.window != Some(0), "attention window", "a window of 0 sees nothing".into())?;
+        require(
+            a.scale.is_finite(),
+            "attention scale",
+            format!("{} is not finite", a.scale),
+        )?;
+        require(
+            a.window != Some(0),
+            "attention window",
+            "a window of 0 sees nothing".into(),
+        )?;
         if let Positions::Rope(rope) = &self.positions {
             require(
                 rope.dims.is_multiple_of(2) && (2..=a.head_dim).contains(&rope.dims),
@@ -427,6 +455,17 @@ impl ModelConfig {
         }
         Ok(())
     }
+}
+
+/// Refuses numbers of layers that no model has, before anything is made for each of them.
+fn check_layers(count: usize) -> Result<()> {
+    if (1..=4096).contains(&count) {
+        return Ok(());
+    }
+    Err(ModelError::Config {
+        key: "layers".into(),
+        problem: format!("{count} is not a sensible number of layers"),
+    })
 }
 
 impl MoeConfig {

@@ -1,0 +1,337 @@
+//! Bad models are refused with an error that names the place; packed folders load and compute.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use half::f16;
+use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
+use nash_core::{DType, ModelFile};
+use nash_kernels::{PackedMatrix, PackedShape, Unpacked, Width, dequantize_row, pack};
+use nash_models::{DenseLinear, KvCache, Model, ModelConfig, ModelError};
+use serde_json::{Value, json};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+fn model(name: &str) -> Model {
+    Model::load(&ModelFile::open(golden(name)).unwrap()).unwrap()
+}
+
+/// What loading says after keys of `config.json` were changed.
+fn load_changed(name: &str, changes: &[(&str, Value)]) -> Result<Model, ModelError> {
+    let dir = tempfile::tempdir().unwrap();
+    let text = std::fs::read(golden(name).join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    for (key, value) in changes {
+        config[*key] = value.clone();
+    }
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    std::fs::copy(
+        golden(name).join("model.safetensors"),
+        dir.path().join("model.safetensors"),
+    )
+    .unwrap();
+    Model::load(&ModelFile::open(dir.path()).unwrap())
+}
+
+fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let mut cache = KvCache::new(model.config(), tokens.len());
+    let hidden = model.forward(tokens, &mut cache, &mut ()).unwrap();
+    let mut out = vec![0.0; tokens.len() * model.config().vocab_size];
+    model.logits(&hidden, &mut out, &mut ());
+    out
+}
+
+#[test]
+fn missing_tensors_are_named_with_what_was_tried() {
+    let error = load_changed("llama", &[("num_hidden_layers", json!(3))]).unwrap_err();
+    assert!(matches!(error, ModelError::MissingTensor { .. }), "{error}");
+    let text = error.to_string();
+    for part in [
+        "model.layers.2.self_attn.q_proj.weight",
+        "layers.2.self_attn.q_proj",
+        "download",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    let error = load_changed("qwen2_moe", &[("num_experts", json!(7))]).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ModelError::WrongShape { .. } | ModelError::MissingTensor { .. }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn wrong_shapes_are_named_with_both_shapes() {
+    let error = load_changed("llama", &[("intermediate_size", json!(80))]).unwrap_err();
+    let ModelError::WrongShape {
+        file,
+        tensor,
+        expected,
+        found,
+    } = &error
+    else {
+        panic!("{error}")
+    };
+    assert_eq!(
+        (expected.as_slice(), found.as_slice()),
+        (&[80, 48][..], &[72, 48][..])
+    );
+    assert_eq!(tensor, "model.layers.0.mlp.gate_proj.weight");
+    assert!(!file.is_empty());
+    for (name, key, value) in [
+        ("gpt2", "n_embd", 24),
+        ("gpt2", "n_positions", 65),
+        ("opt", "ffn_dim", 71),
+        ("llama", "vocab_size", 63),
+    ] {
+        let error = load_changed(name, &[(key, json!(value))]).unwrap_err();
+        assert!(
+            matches!(error, ModelError::WrongShape { .. }),
+            "{name} {key}: {error}"
+        );
+    }
+}
+
+#[test]
+fn lying_sizes_do_not_overflow() {
+    for key in [
+        "hidden_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+    ] {
+        for value in [0u64, 1 << 27, 1 << 40, u64::MAX] {
+            assert!(
+                load_changed("llama", &[(key, json!(value))]).is_err(),
+                "{key} = {value}"
+            );
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_are_found_where_they_are() {
+    let mut model = model("llama");
+    model.check_finite().unwrap();
+    let name = "model.layers.1.mlp.up_proj";
+    for value in [f32::NAN, f32::INFINITY] {
+        let mut w = vec![0.5; 72 * 48];
+        w[71 * 48 + 3] = value;
+        w[70 * 48 + 5] = value;
+        model
+            .set_linear(name, Arc::new(DenseLinear::new(w, 72, 48)))
+            .unwrap();
+        let error = model.check_finite().unwrap_err();
+        let ModelError::NotFinite { tensor, row, col, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!((tensor.as_str(), *row, *col), (name, 70, 5));
+    }
+}
+
+#[test]
+fn set_linear_checks_name_and_shape_and_takes_effect() {
+    let mut model = model("llama");
+    let tokens = [3, 1, 4, 1, 5];
+    let before = logits(&model, &tokens);
+    // The same weight in another form changes nothing but rounding; another weight does.
+    let name = "model.layers.0.self_attn.v_proj";
+    let old = Arc::clone(model.linear(name).unwrap());
+    let mut w = vec![0.0; old.rows() * old.cols()];
+    w.chunks_exact_mut(old.cols())
+        .enumerate()
+        .for_each(|(r, row)| old.row(r, row));
+    model
+        .set_linear(
+            name,
+            Arc::new(DenseLinear::new(w.clone(), old.rows(), old.cols())),
+        )
+        .unwrap();
+    let same = logits(&model, &tokens);
+    assert!(before.iter().zip(&same).all(|(a, b)| (a - b).abs() < 1e-4));
+    w.iter_mut().for_each(|v| *v = -*v);
+    model
+        .set_linear(name, Arc::new(DenseLinear::new(w, old.rows(), old.cols())))
+        .unwrap();
+    assert!(
+        before
+            .iter()
+            .zip(logits(&model, &tokens))
+            .any(|(a, b)| (a - b).abs() > 1e-2)
+    );
+
+    let wrong = || Arc::new(DenseLinear::new(vec![0.0; 48], 1, 48));
+    assert!(matches!(
+        model.set_linear(name, wrong()),
+        Err(ModelError::WrongShape { .. })
+    ));
+    assert!(matches!(
+        model.set_linear("model.layers.9.x", wrong()),
+        Err(ModelError::NoSuchLinear { .. })
+    ));
+}
+
+#[test]
+fn misuse_of_the_cache_is_an_error_and_computes_nothing() {
+    let llama = model("llama");
+    let mut cache = KvCache::new(llama.config(), 8);
+    llama.forward(&[1, 2, 3], &mut cache, &mut ()).unwrap();
+    let error = llama.forward(&[1; 6], &mut cache, &mut ()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ModelError::ContextOverflow {
+                needed: 9,
+                capacity: 8
+            }
+        ),
+        "{error}"
+    );
+    let error = llama.forward(&[64], &mut cache, &mut ()).unwrap_err();
+    assert!(
+        matches!(error, ModelError::TokenOutOfRange { id: 64, vocab: 64 }),
+        "{error}"
+    );
+    assert_eq!(cache.tokens(), [1, 2, 3]);
+    let mut other = KvCache::new(model("gemma3").config(), 8);
+    assert!(matches!(
+        llama.forward(&[1], &mut other, &mut ()),
+        Err(ModelError::CacheMismatch { .. })
+    ));
+    let mut none = KvCache::new(llama.config(), 0);
+    assert!(matches!(
+        llama.forward(&[1], &mut none, &mut ()),
+        Err(ModelError::ContextOverflow { .. })
+    ));
+    assert!(llama.forward(&[], &mut cache, &mut ()).unwrap().is_empty());
+    // Learned positions end where the table ends, however large the cache.
+    let gpt2 = model("gpt2");
+    let mut cache = KvCache::new(gpt2.config(), 100);
+    let error = gpt2.forward(&[0; 65], &mut cache, &mut ()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ModelError::ContextOverflow {
+                needed: 65,
+                capacity: 64
+            }
+        ),
+        "{error}"
+    );
+}
+
+/// Packs a matrix at 8 bits, one scale per row.
+fn pack8(w: &[f32], rows: usize, cols: usize) -> PackedMatrix {
+    let shape = PackedShape {
+        rows,
+        cols,
+        width: Width::new(8).unwrap(),
+    };
+    let unpacked = |codes: Vec<u8>, row_scales: Vec<f16>| Unpacked {
+        codes,
+        scale_codes: vec![1; rows * shape.groups()],
+        row_scales,
+        codebook: vec![],
+    };
+    // What one step is worth at row scale 1, from the decoder itself.
+    let probe = pack(shape, &unpacked(vec![129; rows * cols], vec![f16::ONE; rows])).unwrap();
+    let mut decoded = vec![0.0; cols];
+    dequantize_row(probe.as_ref(), 0, &mut decoded);
+    let unit = decoded[0];
+    let mut codes = Vec::new();
+    let mut scales = Vec::new();
+    for row in w.chunks_exact(cols) {
+        let max = row.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+        let scale = f16::from_f32(max / (126.0 * unit));
+        scales.push(scale);
+        let step = scale.to_f32() * unit;
+        codes.extend(
+            row.iter()
+                .map(|v| ((v / step).round().clamp(-127.0, 127.0) + 128.0) as u8),
+        );
+    }
+    pack(shape, &unpacked(codes, scales)).unwrap()
+}
+
+#[test]
+fn a_packed_folder_loads_and_agrees_with_its_source() {
+    for name in ["llama", "gemma3", "gpt2", "opt", "qwen2_moe", "dots1"] {
+        let source = model(name);
+        let dir = tempfile::tempdir().unwrap();
+        let width = Width::new(8).unwrap();
+        let packed = source.linears().into_iter().map(|info| TensorSpec::Packed {
+            name: info.name,
+            shape: PackedShape {
+                rows: info.rows,
+                cols: info.cols,
+                width,
+            },
+        });
+        let floats = source.float_tensors();
+        let plain = floats.iter().map(|(name, shape, _)| TensorSpec::Float {
+            name: name.clone(),
+            dtype: DType::F32,
+            shape: shape.clone(),
+        });
+        let layout = PackedLayout::new(packed.chain(plain)).unwrap();
+        let mut writer = PackedWriter::create(dir.path(), layout).unwrap();
+        for info in source.linears() {
+            let linear = source.linear(&info.name).unwrap();
+            let mut w = vec![0.0; info.rows * info.cols];
+            w.chunks_exact_mut(info.cols)
+                .enumerate()
+                .for_each(|(r, row)| linear.row(r, row));
+            writer
+                .packed(&info.name, pack8(&w, info.rows, info.cols).as_ref())
+                .unwrap();
+        }
+        for (name, _, values) in &floats {
+            writer.float(name, values).unwrap();
+        }
+        let config = json!({"model_type": "any", "nashswarm_model": source.config()});
+        writer
+            .finish(config.as_object().unwrap().clone(), serde_json::Map::new())
+            .unwrap();
+
+        let loaded = Model::load(&ModelFile::open(dir.path()).unwrap()).unwrap();
+        assert_eq!(loaded.config(), source.config());
+        assert_eq!(loaded.float_tensors(), floats);
+        assert_eq!(loaded.linears(), source.linears());
+        let tokens: Vec<u32> = (0..30).map(|i| i * 11 % 64).collect();
+        let (got, want) = (logits(&loaded, &tokens), logits(&source, &tokens));
+        // Eight bits for weights and activations: errors near 2⁻⁸ per product, relative to the logits' norm. A token
+        // may change experts, so the measure is the whole, not the worst.
+        let error: f32 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
+        let norm: f32 = want.iter().map(|v| v * v).sum();
+        assert!(
+            (error / norm).sqrt() < 0.06,
+            "{name}: relative error {}",
+            (error / norm).sqrt()
+        );
+    }
+}
+
+#[test]
+fn a_packed_configuration_that_lies_is_refused() {
+    let config = model("llama").config().clone();
+    let mut json = json!({"nashswarm_model": config});
+    assert_eq!(ModelConfig::from_packed(&json).unwrap(), config);
+    json["nashswarm_model"]["attention"]["kv_heads"] = json!(3);
+    assert!(ModelConfig::from_packed(&json).is_err());
+    json["nashswarm_model"] = json!({"layers": 4});
+    assert!(ModelConfig::from_packed(&json).is_err());
+    assert!(
+        ModelConfig::from_packed(&json!({}))
+            .unwrap_err()
+            .to_string()
+            .contains("nashswarm_model")
+    );
+}
