@@ -150,6 +150,9 @@ impl Tokenizer {
     /// turn; [`Tokenizer::encode_prompt`] is for text from a chat template. With `add_special`, BOS and EOS are put
     /// around it as the model wants them.
     ///
+    /// A run of a million whitespace characters exceeds the step limit of the splitting expressions; the text after it
+    /// is then split less finely than it should be, and nothing is lost.
+    ///
     /// # Errors
     /// [`TextError::Tokenizer`], for instance for a character that a vocabulary without byte tokens lacks.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {

@@ -29,7 +29,7 @@ fn fixture(name: &str) -> PathBuf {
 fn json<T: for<'de> Deserialize<'de>>(name: &str) -> T {
     let path = fixture(name);
     let text = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    serde_json::from_slice(&text).unwrap()
+    serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 #[derive(Deserialize)]
@@ -53,12 +53,13 @@ struct Prompt {
 
 /// Every way to one tokenizer: from GGUF, from the folder, and saved and loaded from each.
 fn ways(family: &str) -> Vec<(&'static str, Tokenizer)> {
-    let gguf = Tokenizer::from_gguf(&Gguf::open(fixture(family).join("vocab.gguf")).unwrap()).unwrap();
-    let folder = Tokenizer::from_folder(fixture(family)).unwrap();
+    let gguf =
+        Tokenizer::from_gguf(&Gguf::open(fixture(family).join("vocab.gguf")).expect("sound")).expect("sound");
+    let folder = Tokenizer::from_folder(fixture(family)).expect("sound");
     let saved = |tokenizer: &Tokenizer| {
-        let dir = tempfile::tempdir().unwrap();
-        tokenizer.save(dir.path()).unwrap();
-        Tokenizer::from_folder(dir.path()).unwrap()
+        let dir = tempfile::tempdir().expect("a folder");
+        tokenizer.save(dir.path()).expect("saved");
+        Tokenizer::from_folder(dir.path()).expect("sound")
     };
     let (gguf_saved, folder_saved) = (saved(&gguf), saved(&folder));
     vec![

@@ -13,7 +13,9 @@ fn models(test: &str) -> Vec<PathBuf> {
         return Vec::new();
     };
     let entries = std::fs::read_dir(&folder).expect("NASHSWARM_MODELS names a readable folder");
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.expect("a readable entry").path())
+        .collect();
     files.retain(|path| path.extension().is_some_and(|e| e == "gguf"));
     files.sort();
     println!(
@@ -25,7 +27,7 @@ fn models(test: &str) -> Vec<PathBuf> {
 }
 
 fn open(path: &Path) -> Option<Tokenizer> {
-    match Tokenizer::from_gguf(&Gguf::open(path).unwrap()) {
+    match Tokenizer::from_gguf(&Gguf::open(path).expect("a sound GGUF file")) {
         Ok(tokenizer) => Some(tokenizer),
         Err(TextError::Unsupported { name, what, .. }) => {
             println!("  {}: {what} {name} is not supported", path.display());
