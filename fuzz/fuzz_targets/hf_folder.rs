@@ -11,7 +11,12 @@ fuzz_target!(|bytes: &[u8]| {
     let dir = std::env::temp_dir().join(format!("nash-fuzz-{}", std::process::id()));
     fs::create_dir_all(&dir).expect("the temporary folder can be written");
     for file in ["config.json", "model.safetensors.index.json", "model-1.safetensors"] {
-        fs::write(dir.join(file), parts.next().unwrap_or_default()).expect("the temporary folder can be written");
+        let path = dir.join(file);
+        match parts.next().unwrap_or_default() {
+            // An empty part is a file that is not there.
+            [] => _ = fs::remove_file(path),
+            contents => fs::write(path, contents).expect("the temporary folder can be written"),
+        }
     }
     let Ok(model) = ModelFile::open(&dir) else { return };
     for name in model.names() {

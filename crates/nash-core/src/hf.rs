@@ -49,7 +49,11 @@ impl HfFolder {
     /// or two files hold a tensor of the same name.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let config = read_config(dir)?;
+        Self::with_config(dir, read_config(dir)?)
+    }
+
+    /// Opens a folder whose `config.json` was read before.
+    pub(crate) fn with_config(dir: &Path, config: Value) -> Result<Self> {
         let (files, index) = weight_files(dir)?;
         let mut inner = Inner {
             dir: dir.to_owned(),

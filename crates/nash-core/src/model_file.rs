@@ -8,7 +8,6 @@ use crate::{Gguf, HfFolder, PackedFolder, Tensor};
 
 /// An open model; cheap to clone.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
 pub enum ModelFile {
     /// A GGUF file.
     Gguf(Gguf),
@@ -64,10 +63,11 @@ impl ModelFile {
     }
 
     fn open_folder(dir: &Path) -> Result<Self> {
-        if PackedFolder::is_packed(&hf::read_config(dir)?) {
-            return PackedFolder::open(dir).map(Self::Packed);
+        let config = hf::read_config(dir)?;
+        if PackedFolder::is_packed(&config) {
+            return PackedFolder::with_config(dir, config).map(Self::Packed);
         }
-        HfFolder::open(dir).map(Self::Hf)
+        HfFolder::with_config(dir, config).map(Self::Hf)
     }
 
     /// The file or folder.

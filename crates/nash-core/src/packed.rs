@@ -169,7 +169,11 @@ impl PackedFolder {
     /// it should, or belongs to nothing. The checksums are not compared; see [`verify`](Self::verify).
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let config = hf::read_config(dir)?;
+        Self::with_config(dir, hf::read_config(dir)?)
+    }
+
+    /// Opens a folder whose `config.json` was read before.
+    pub(crate) fn with_config(dir: &Path, config: Value) -> Result<Self> {
         let report_path = dir.join(REPORT_FILE);
         if !report_path.is_file() {
             let kind = ErrorKind::MissingFile {

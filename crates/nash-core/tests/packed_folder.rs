@@ -210,6 +210,28 @@ fn a_writer_that_is_killed_leaves_nothing_that_opens() {
 }
 
 #[test]
+fn a_folder_is_not_finished_before_its_last_file() {
+    for missing in ["config.json", "nashswarm.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path()).unwrap();
+        fs::remove_file(dir.path().join(missing)).unwrap();
+        let error = PackedFolder::open(dir.path()).unwrap_err();
+        assert!(
+            matches!(error.kind(), ErrorKind::MissingFile { file } if file == missing),
+            "{error}"
+        );
+    }
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path()).unwrap();
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    let error = PackedFolder::open(dir.path()).unwrap_err();
+    assert!(
+        matches!(error.kind(), ErrorKind::Io { action: "open", .. }),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_writer_that_is_dropped_leaves_the_old_model() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path()).unwrap();
