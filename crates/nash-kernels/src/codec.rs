@@ -6,8 +6,8 @@
 use half::f16;
 
 use crate::layout::{
-    BLOCK, BLOCKS, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS,
-    check_codebook, check_len,
+    BLOCK, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS, TILE_WEIGHTS,
+    Width, check_codebook, check_len,
 };
 
 /// The content of a packed matrix, one element per entry; see [`PackedRef`] for their meaning.
@@ -57,20 +57,21 @@ impl Unpacked {
 pub fn pack(shape: PackedShape, unpacked: &Unpacked) -> Result<PackedMatrix, LayoutError> {
     unpacked.check(shape)?;
     let mut stream = vec![0; shape.checked_stream_bytes()?];
-    let (groups, bits) = (shape.groups(), shape.width.bits());
+    let groups = shape.groups();
     for (index, record) in stream.chunks_exact_mut(shape.record_bytes()).enumerate() {
         let (tile, group) = (index / groups, index % groups);
+        let (planes, scale_codes) = record.split_at_mut(record_code_bytes(shape.width));
+        let mut record_codes = [0; TILE_WEIGHTS];
         for r in 0..TILE_ROWS.min(shape.rows - tile * TILE_ROWS) {
             let row = tile * TILE_ROWS + r;
             let codes = &unpacked.codes[row * shape.cols..][..shape.cols];
             let codes = &codes[group * GROUP..shape.cols.min((group + 1) * GROUP)];
             for (q, block) in codes.chunks(BLOCK).enumerate() {
-                let at = block_offset(bits, q, r);
-                record[at..at + 2 * bits].copy_from_slice(&join(block, bits)[..2 * bits]);
+                record_codes[(q * TILE_ROWS + r) * BLOCK..][..block.len()].copy_from_slice(block);
             }
-            record[TILE_ROWS * GROUP / 8 * bits + r] =
-                unpacked.scale_codes[row * groups + group].cast_unsigned();
+            scale_codes[r] = unpacked.scale_codes[row * groups + group].cast_unsigned();
         }
+        encode(&record_codes, shape.width, planes);
     }
     let (row_scales, codebook) = (unpacked.row_scales.clone(), unpacked.codebook.clone());
     Ok(PackedMatrix {
@@ -130,41 +131,63 @@ pub fn dequantize_row(packed: PackedRef<'_>, row: usize, out: &mut [f32]) {
 fn row_groups(packed: PackedRef<'_>, row: usize) -> impl Iterator<Item = ([u8; GROUP], i8)> {
     let shape = packed.shape();
     let (tile, r) = (row / TILE_ROWS, row % TILE_ROWS);
-    let (bits, record_bytes) = (shape.width.bits(), shape.record_bytes());
-    let records = &packed.stream()[tile * shape.groups() * record_bytes..][..shape.groups() * record_bytes];
-    records.chunks_exact(record_bytes).map(move |record| {
+    let tile_bytes = shape.groups() * shape.record_bytes();
+    let records = &packed.stream()[tile * tile_bytes..][..tile_bytes];
+    records.chunks_exact(shape.record_bytes()).map(move |record| {
+        let (planes, scale_codes) = record.split_at(record_code_bytes(shape.width));
+        let all = decode(planes, shape.width);
         let mut codes = [0; GROUP];
-        for (q, block) in codes.chunks_exact_mut(BLOCK).enumerate() {
-            let at = block_offset(bits, q, r);
-            split(&record[at..at + 2 * bits], bits, block);
+        for (q, block) in codes.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            block.copy_from_slice(&all[(q * TILE_ROWS + r) * BLOCK..][..BLOCK]);
         }
-        (codes, record[TILE_ROWS * GROUP / 8 * bits + r].cast_signed())
+        (codes, scale_codes[r].cast_signed())
     })
 }
 
-/// Where in a record block `q` of row `r` begins.
-const fn block_offset(bits: usize, q: usize, r: usize) -> usize {
-    debug_assert!(q < BLOCKS && r < TILE_ROWS);
-    (q * TILE_ROWS + r) * BLOCK / 8 * bits
+/// Bytes of codes in a record.
+pub(crate) const fn record_code_bytes(width: Width) -> usize {
+    TILE_WEIGHTS / 8 * width.bits()
 }
 
-/// Up to 16 codes as a little-endian bit stream; the first `2·bits` bytes are used.
-fn join(codes: &[u8], bits: usize) -> [u8; BLOCK] {
-    let joined = codes
-        .iter()
-        .enumerate()
-        .fold(0u128, |all, (j, &code)| all | u128::from(code) << (j * bits));
-    joined.to_le_bytes()
-}
-
-/// 16 codes from a little-endian bit stream of `2·bits` bytes.
-fn split(bytes: &[u8], bits: usize, codes: &mut [u8]) {
-    let mut joined = [0; BLOCK];
-    joined[..bytes.len()].copy_from_slice(bytes);
-    let joined = u128::from_le_bytes(joined);
-    for (j, code) in codes.iter_mut().enumerate() {
-        *code = (joined >> (j * bits)) as u8 & (u8::MAX >> (8 - bits));
+/// The planes of a width: for each its first bit in the code and its bits.
+const fn planes(width: Width) -> &'static [(usize, usize)] {
+    match width.bits() {
+        2 => &[(0, 2)],
+        3 => &[(0, 2), (2, 1)],
+        4 => &[(0, 4)],
+        5 => &[(0, 4), (4, 1)],
+        6 => &[(0, 4), (4, 2)],
+        _ => &[(0, 8)],
     }
+}
+
+/// Writes 256 codes as the planes of a record.
+fn encode(codes: &[u8; TILE_WEIGHTS], width: Width, mut out: &mut [u8]) {
+    out.fill(0);
+    for &(first, bits) in planes(width) {
+        let (plane, rest) = out.split_at_mut(TILE_WEIGHTS / 8 * bits);
+        for (field, codes) in codes.chunks_exact(plane.len()).enumerate() {
+            for (byte, code) in plane.iter_mut().zip(codes) {
+                *byte |= (code >> first & (u8::MAX >> (8 - bits))) << (field * bits);
+            }
+        }
+        out = rest;
+    }
+}
+
+/// The 256 codes of a record from its planes.
+pub(crate) fn decode(mut planes_bytes: &[u8], width: Width) -> [u8; TILE_WEIGHTS] {
+    let mut codes = [0; TILE_WEIGHTS];
+    for &(first, bits) in planes(width) {
+        let (plane, rest) = planes_bytes.split_at(TILE_WEIGHTS / 8 * bits);
+        for (field, codes) in codes.chunks_exact_mut(plane.len()).enumerate() {
+            for (code, byte) in codes.iter_mut().zip(plane) {
+                *code |= (byte >> (field * bits) & (u8::MAX >> (8 - bits))) << first;
+            }
+        }
+        planes_bytes = rest;
+    }
+    codes
 }
 
 #[cfg(test)]
@@ -174,7 +197,6 @@ pub(crate) mod tests {
     use rand_pcg::Pcg64Mcg;
 
     use super::*;
-    use crate::layout::Width;
 
     /// Random content of a matrix: every code, every scale code, awkward row scales.
     pub(crate) fn random(shape: PackedShape, seed: u64) -> Unpacked {
@@ -229,9 +251,9 @@ pub(crate) mod tests {
         }
     }
 
-    /// The prose of the layout, tested bit by bit: code 64q+16r+j of a record is (row r, column 16q+j).
+    /// The prose of the layout, tested bit by bit.
     #[test]
-    fn the_bit_of_every_code_is_where_the_layout_says() {
+    fn the_bits_of_every_code_are_where_the_layout_says() {
         for width in Width::ALL {
             let shape = PackedShape {
                 rows: 6,
@@ -240,22 +262,30 @@ pub(crate) mod tests {
             };
             let unpacked = random(shape, 7);
             let packed = pack(shape, &unpacked).unwrap();
-            let bits = width.bits();
+            // Bits of the planes, low plane first.
+            let planes: &[usize] = [&[2][..], &[2, 1], &[4], &[4, 1], &[4, 2], &[], &[8]][width.bits() - 2];
             for row in 0..6 {
                 for col in 0..100 {
-                    let record = (row / 4 * 2 + col / 64) * shape.record_bytes();
-                    let first = (64 * (col % 64 / 16) + 16 * (row % 4) + col % 16) * bits;
-                    let code = (first..first + bits).rev().fold(0, |code, bit| {
-                        code << 1 | packed.stream[record + bit / 8] >> (bit % 8) & 1
-                    });
+                    let record = &packed.stream[(row / 4 * 2 + col / 64) * shape.record_bytes()..];
+                    let k = 64 * (col % 64 / 16) + 16 * (row % 4) + col % 16;
+                    let (mut code, mut bits_below, mut offset) = (0, 0, 0);
+                    for w in planes {
+                        let part =
+                            record[offset + k % (32 * w)] >> (w * (k / (32 * w))) & ((1u16 << w) - 1) as u8;
+                        code |= part << bits_below;
+                        bits_below += w;
+                        offset += 32 * w;
+                    }
                     assert_eq!(
                         code,
                         unpacked.codes[row * 100 + col],
-                        "{bits} bits, row {row}, column {col}"
+                        "{width:?}, row {row}, column {col}"
+                    );
+                    assert_eq!(
+                        record[offset + row % 4] as i8,
+                        unpacked.scale_codes[row * 2 + col / 64]
                     );
                 }
-                let at = row / 4 * 2 * shape.record_bytes() + 32 * bits + row % 4;
-                assert_eq!(packed.stream[at] as i8, unpacked.scale_codes[row * 2]);
             }
             let padding_rows = &packed.stream[packed.stream.len() - 2..];
             assert_eq!(padding_rows, [0, 0], "scale codes of rows 6 and 7");

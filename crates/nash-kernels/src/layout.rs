@@ -20,6 +20,9 @@ pub const TILE_ROWS: usize = 4;
 /// Columns of one row that lie together in the stream; a group holds four such blocks.
 pub(crate) const BLOCK: usize = 16;
 
+/// Weights of a record: four rows of a group.
+pub(crate) const TILE_WEIGHTS: usize = TILE_ROWS * GROUP;
+
 /// Blocks in a group.
 pub(crate) const BLOCKS: usize = GROUP / BLOCK;
 
@@ -180,11 +183,13 @@ pub(crate) fn check_len(part: &'static str, expected: usize, actual: usize) -> R
 /// 64 columns: all groups of tile 0 in order, then all groups of tile 1, and so on, without padding
 /// between them. A record holds
 ///
-/// * `32·b` bytes of codes: one little-endian bit stream of 256 codes, where code `64·q + 16·r + j` is
-///   that of row `r` of the tile and column `16·q + j` of the group (`q`, `r` in 0..4, `j` in 0..16), at
-///   bits `[k·b, (k+1)·b)` for the `k`-th code. So 16 columns of a row are `2·b` whole bytes, and `8·b`
-///   contiguous bytes are 16 columns of all four rows: one 512-bit register of weights, in which each
-///   128-bit lane is one row. A kernel therefore adds up a group without any horizontal step;
+/// * `32·b` bytes of codes, in planes: one plane of `b` bits at 2, 4 and 8 bits, else a plane of the low 2 or 4
+///   bits and then one of the others (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2). Code `k = 64·q + 16·r + j` of the record is
+///   that of row `r` of the tile and column `16·q + j` of the group (`q`, `r` in 0..4, `j` in 0..16). A plane of
+///   `w` bits has `32·w` bytes and holds its part of code `k` in byte `k mod 32·w`, at the bits from
+///   `w · (k div 32·w)` on. So a shift, and no movement of bytes, brings 64 codes into the low bits of 64 bytes:
+///   16 columns of all four rows, one row in each 128-bit lane of a register. A kernel adds up a group of columns
+///   without any horizontal step;
 /// * four scale codes, one `i8` for each row.
 ///
 /// Rows beyond `rows` have scale code 0. Columns beyond `cols` may hold any code: the activations are

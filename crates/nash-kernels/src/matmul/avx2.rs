@@ -1,11 +1,9 @@
 //! Kernels for AVX2.
 //!
-//! A register holds 16 columns of two rows, one row in each 128-bit half. Codes are cut out of their bit
-//! stream 16 bits at a time: `vpshufb` fetches the two bytes that hold a code, a multiplication by a power of
-//! two brings it to the top of its 16 bits, a shift to its place; codes with even and odd indices are done
-//! apart. Values come from one, two or four tables of 16 bytes. `vpmaddubsw` multiplies unsigned by signed
-//! bytes, so the sign of the weight is moved to the activation: `|w| · (a · sign w)`. With `|w| ≤ 128` and
-//! `|a| ≤ 127` a pair is at most 32 512 and does not saturate.
+//! A register holds 16 columns of two rows, one row in each 128-bit half; a record is eight of them. Shifts and
+//! masks bring the codes into bytes, values come from one, two or four tables of 16 bytes. `vpmaddubsw` multiplies
+//! unsigned by signed bytes, so the sign of the weight is moved to the activation: `|w| · (a · sign w)`. With
+//! `|w| ≤ 128` and `|a| ≤ 127` a pair is at most 32 512 and does not saturate.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -23,6 +21,8 @@ pub(super) const KERNEL: Kernel = Kernel {
 
 /// Registers that hold the four rows of a block.
 const HALVES: usize = 2;
+/// Registers that hold a record.
+const PARTS: usize = HALVES * BLOCKS;
 
 /// # Safety
 /// The CPU has AVX2; `tiles` are in range, and no other thread stores them.
@@ -49,11 +49,10 @@ unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
         for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
             prefetch(record);
             let mut sums = [_mm256_setzero_si256(); HALVES];
-            for (q, codes) in x.codes.as_chunks::<BLOCK>().0.iter().enumerate() {
-                let codes = broadcast(codes);
-                for (half, sums) in sums.iter_mut().enumerate() {
-                    *sums = _mm256_add_epi32(*sums, products(decoder.block(record, q, half), codes));
-                }
+            for (part, weights) in decoder.record(record).into_iter().enumerate() {
+                let (q, half) = (part / HALVES, part % HALVES);
+                let codes = broadcast(&x.codes.as_chunks::<BLOCK>().0[q]);
+                sums[half] = _mm256_add_epi32(sums[half], products(weights, codes));
             }
             let scales = _mm_mul_ps(scales::<BITS>(record), _mm_set1_ps(x.scale));
             for (half, (lanes, sums)) in lanes.iter_mut().zip(sums).enumerate() {
@@ -74,10 +73,14 @@ fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>
     let panel = panel.weights.iter_mut().zip(&mut panel.scales);
     for (record, (weights, scale)) in records.chunks_exact(bytes).zip(panel) {
         prefetch(record);
-        for (index, weights) in weights.as_chunks_mut::<{ 2 * BLOCK }>().0.iter_mut().enumerate() {
-            let block = decoder.block(record, index / HALVES, index % HALVES);
+        for (weights, part) in weights
+            .as_chunks_mut::<{ 2 * BLOCK }>()
+            .0
+            .iter_mut()
+            .zip(decoder.record(record))
+        {
             // SAFETY: 32 bytes are written to an array of 32 bytes.
-            unsafe { _mm256_storeu_si256(weights.as_mut_ptr().cast(), block) }
+            unsafe { _mm256_storeu_si256(weights.as_mut_ptr().cast(), part) }
         }
         // SAFETY: 16 bytes are written to an array of four floats.
         unsafe { _mm_storeu_ps(scale.as_mut_ptr(), scales::<BITS>(record)) }
@@ -120,8 +123,8 @@ fn multiply_of<const TOKENS: usize>(
             return;
         };
         let mut sums = [[_mm256_setzero_si256(); HALVES]; TOKENS];
-        for (index, weights) in weights.as_chunks::<{ 2 * BLOCK }>().0.iter().enumerate() {
-            let (q, half) = (index / HALVES, index % HALVES);
+        for (part, weights) in weights.as_chunks::<{ 2 * BLOCK }>().0.iter().enumerate() {
+            let (q, half) = (part / HALVES, part % HALVES);
             // SAFETY: an array of 32 bytes is read.
             let weights = unsafe { _mm256_loadu_si256(weights.as_ptr().cast()) };
             for (sums, x) in sums.iter_mut().zip(x) {
@@ -144,27 +147,8 @@ fn multiply_of<const TOKENS: usize>(
     }
 }
 
-/// Where the codes with even (`odd = 0`) or odd index are: for each, the two bytes that hold it, and the power of
-/// two that moves it to the top of these 16 bits.
-const fn places(bits: usize, odd: usize) -> ([u8; 16], [u16; 8]) {
-    let (mut bytes, mut factors) = ([0; 16], [0; 8]);
-    let mut i = 0;
-    while i < 8 {
-        let bit = (2 * i + odd) * bits;
-        bytes[2 * i] = (bit / 8) as u8;
-        bytes[2 * i + 1] = (bit / 8 + 1) as u8;
-        // 8-bit codes are not taken apart.
-        factors[i] = if bits < 8 { 1 << (16 - bits - bit % 8) } else { 0 };
-        i += 1;
-    }
-    (bytes, factors)
-}
-
 /// Turns codes into values; see the module.
 struct Decoder<const BITS: usize> {
-    /// Bytes and factors of the codes with even index, then with odd index.
-    bytes: [__m256i; 2],
-    factors: [__m256i; 2],
     tables: [__m256i; 4],
 }
 
@@ -172,83 +156,77 @@ impl<const BITS: usize> Decoder<BITS> {
     #[inline]
     #[target_feature(enable = "avx2")]
     fn new(table: &[i8; 64]) -> Self {
-        let [even, odd] = const { [places(BITS, 0), places(BITS, 1)] };
-        // SAFETY: arrays of 16 bytes are read.
-        let load = |bytes: *const u8| unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.cast())) };
         let tables = table.as_chunks::<16>().0;
         Decoder {
-            bytes: [load(even.0.as_ptr()), load(odd.0.as_ptr())],
-            factors: [load(even.1.as_ptr().cast()), load(odd.1.as_ptr().cast())],
-            tables: std::array::from_fn(|i| load(tables[i].as_ptr().cast())),
+            tables: std::array::from_fn(|i| broadcast(&tables[i])),
         }
     }
 
-    /// Block `q` of rows `2 · half` and `2 · half + 1` of a record.
+    /// The weights of a record in the order of the stream, 32 in each register.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn block(&self, record: &[u8], q: usize, half: usize) -> __m256i {
-        assert!(q < BLOCKS && half < HALVES && record.len() == record_bytes(BITS));
-        let offset = (q * HALVES + half) * 4 * BITS;
-        if BITS == 8 {
-            // SAFETY: `offset + 32` is at most 256, inside the record.
-            let codes = unsafe { _mm256_loadu_si256(record.as_ptr().add(offset).cast()) };
-            return _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN));
-        }
-        let low = load_row::<BITS>(record, offset);
-        let high = load_row::<BITS>(record, offset + 2 * BITS);
-        self.look_up(self.codes(_mm256_set_m128i(high, low)))
+    fn record(&self, record: &[u8]) -> [__m256i; PARTS] {
+        assert!(record.len() == record_bytes(BITS));
+        [
+            self.part::<0>(record),
+            self.part::<1>(record),
+            self.part::<2>(record),
+            self.part::<3>(record),
+            self.part::<4>(record),
+            self.part::<5>(record),
+            self.part::<6>(record),
+            self.part::<7>(record),
+        ]
     }
 
-    /// The bit streams of two times 16 codes to one code per byte.
+    /// Weights `32 · PART ..` of a record: in a plane of `w` bits at bit `w · (PART div w)` of the bytes from
+    /// `32 · (PART mod w)` on.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn codes(&self, raw: __m256i) -> __m256i {
-        let top =
-            |odd: usize| _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, self.bytes[odd]), self.factors[odd]);
-        let even = _mm256_srl_epi16(top(0), _mm_cvtsi32_si128(16 - BITS as i32));
-        let odd = _mm256_srl_epi16(top(1), _mm_cvtsi32_si128(8 - BITS as i32));
-        let mask = _mm256_set1_epi16(((1 << BITS) - 1) << 8);
-        _mm256_or_si256(even, _mm256_and_si256(odd, mask))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn look_up(&self, codes: __m256i) -> __m256i {
-        let from = |table: usize| _mm256_shuffle_epi8(self.tables[table], codes);
-        // `vpblendvb` looks at bit 7 of each byte; what a shift moves in from the neighbour lies below it.
-        let bit_4 = _mm256_slli_epi16::<3>(codes);
-        let bit_5 = _mm256_slli_epi16::<2>(codes);
+    fn part<const PART: usize>(&self, record: &[u8]) -> __m256i {
+        let load = |offset: usize| {
+            debug_assert!(offset + 32 <= code_bytes(BITS));
+            // SAFETY: every part of every plane is inside the codes of the record, whose length `record` checked.
+            unsafe { _mm256_loadu_si256(record.as_ptr().add(offset).cast()) }
+        };
+        let pairs = || shifted(load(32 * (PART % 2)), -2 * (PART as i32 / 2));
+        let nibbles = || shifted(load(32 * (PART % 4)), -4 * (PART as i32 / 4));
+        let from = |table: usize, codes| _mm256_shuffle_epi8(self.tables[table], codes);
+        let masked = |codes, mask| _mm256_and_si256(codes, _mm256_set1_epi8(mask));
         match BITS {
-            2..=4 => from(0),
-            5 => _mm256_blendv_epi8(from(0), from(1), bit_4),
-            _ => {
-                let below_32 = _mm256_blendv_epi8(from(0), from(1), bit_4);
-                let above_32 = _mm256_blendv_epi8(from(2), from(3), bit_4);
+            2 => from(0, masked(pairs(), 0b11)),
+            3 => {
+                let top = shifted(load(64), 2 - PART as i32);
+                from(0, _mm256_or_si256(masked(pairs(), 0b11), masked(top, 0b100)))
+            }
+            4 => from(0, masked(nibbles(), 0b1111)),
+            5 => {
+                let (low, bit_4) = (masked(nibbles(), 0b1111), shifted(load(128), 7 - PART as i32));
+                _mm256_blendv_epi8(from(0, low), from(1, low), bit_4)
+            }
+            6 => {
+                let (low, high) = (masked(nibbles(), 0b1111), load(128 + 32 * (PART % 2)));
+                let bit_4 = shifted(high, 7 - 2 * (PART as i32 / 2));
+                let bit_5 = shifted(high, 6 - 2 * (PART as i32 / 2));
+                let below_32 = _mm256_blendv_epi8(from(0, low), from(1, low), bit_4);
+                let above_32 = _mm256_blendv_epi8(from(2, low), from(3, low), bit_4);
                 _mm256_blendv_epi8(below_32, above_32, bit_5)
             }
+            _ => _mm256_xor_si256(load(32 * PART), _mm256_set1_epi8(i8::MIN)),
         }
     }
 }
 
-/// The `2 · BITS` bytes of 16 codes that begin at `offset`, in the low bytes of a register; what lies above them is
-/// left open. Reads nothing outside the record.
+/// Shifts to the left, or to the right by a negative count. Bits cross from byte to byte, but a bit that ends in the
+/// byte it comes from ends at its place.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_row<const BITS: usize>(record: &[u8], offset: usize) -> __m128i {
-    assert!(offset + 2 * BITS <= code_bytes(BITS) && record.len() == record_bytes(BITS));
-    // SAFETY: the codes of a row end inside the codes, behind which come four more bytes. So eight bytes are there at
-    // up to 4 bits (2 · 2 + 4 of them, or more), and ten at 5 bits. Sixteen are where the condition says so.
-    unsafe {
-        let from = record.as_ptr().add(offset);
-        match BITS {
-            2..=4 => _mm_loadl_epi64(from.cast()),
-            _ if offset + 16 <= record_bytes(BITS) => _mm_loadu_si128(from.cast()),
-            5 => _mm_insert_epi16::<4>(
-                _mm_loadl_epi64(from.cast()),
-                from.add(8).cast::<i16>().read_unaligned().into(),
-            ),
-            _ => unreachable!("rows of 12 and 16 bytes have 16 bytes before the end of the record"),
-        }
+fn shifted(x: __m256i, left: i32) -> __m256i {
+    let count = _mm_cvtsi32_si128(left.abs());
+    if left < 0 {
+        _mm256_srl_epi16(x, count)
+    } else {
+        _mm256_sll_epi16(x, count)
     }
 }
 

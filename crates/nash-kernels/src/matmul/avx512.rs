@@ -1,10 +1,10 @@
-//! Kernels for AVX-512 F, BW, VL, VBMI and VNNI.
+//! Kernels for AVX-512 F, BW, VBMI and VNNI.
 //!
-//! 64 codes of any width below 8 become 64 weights in three instructions: `vpermb` gives each 64-bit lane
-//! the bytes that hold its eight codes, `vpmultishiftqb` cuts them into bytes, `vpermb` looks them up in a
-//! table of 64 entries. An index counts only with its low six bits and the table repeats, so the bits above
-//! the code do no harm. The tables hold `value + 128` (8-bit codes are that already), since `vpdpbusd`
-//! multiplies unsigned by signed bytes; a sum starts with `−128 · Σ activations` of its lane to make up for it.
+//! A shift (and at 3, 5 and 6 bits a merge with the second plane) brings 64 codes into the low bits of 64
+//! bytes, and `vpermb` looks them up in a table of 64 entries. An index counts only with its low six bits and
+//! the table repeats, so the bits above the code do no harm. The tables hold `value + 128` (8-bit codes are that
+//! already), since `vpdpbusd` multiplies unsigned by signed bytes; a sum starts with `−128 · Σ activations` of its
+//! lane to make up for it.
 //!
 //! A register of weights is 16 columns of four rows, one row in each 128-bit lane, so the 16 columns of
 //! activations are broadcast and a group ends as `[row][lane]` sums without any horizontal step.
@@ -12,10 +12,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::x86::{for_width, prefetch, record_bytes, scales};
-use super::{Job, Kernel, Lanes, Panel, TILE_WEIGHTS, TILES, TokenBlock};
+use super::x86::{code_bytes, for_width, prefetch, record_bytes, scales};
+use super::{Job, Kernel, Lanes, Panel, TILES, TokenBlock};
 use crate::activations::ActivationGroup;
-use crate::layout::{BLOCKS, GROUP};
+use crate::layout::{BLOCKS, GROUP, TILE_WEIGHTS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
@@ -40,7 +40,7 @@ unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut P
 
 /// # Safety
 /// `tiles` are in range, and no other thread stores them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
 unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
     let decoder = Decoder::<BITS>::new(&job.table);
     let x = job.x.block(0).0;
@@ -59,7 +59,7 @@ unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
 fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
     let decoder = Decoder::<BITS>::new(&job.table);
     let bytes = record_bytes(BITS);
@@ -99,7 +99,7 @@ unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
     for_counts!(1 2 3 4 5 6 7 8);
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
 fn multiply_of<const PANELS: usize, const TOKENS: usize>(
     panels: &[Panel],
     x: &TokenBlock<'_>,
@@ -137,98 +137,82 @@ fn multiply_of<const PANELS: usize, const TOKENS: usize>(
     }
 }
 
-/// Bytes that hold the codes of each 64-bit lane: `bits` bytes from `bits · lane` on (the rest do not matter).
-const fn spread_indices(bits: usize) -> [u8; 64] {
-    let mut indices = [0; 64];
-    let mut i = 0;
-    while i < 64 {
-        let in_lane = if i % 8 < bits { i % 8 } else { bits - 1 };
-        indices[i] = (bits * (i / 8) + in_lane) as u8;
-        i += 1;
-    }
-    indices
-}
-
-/// First bit of each code in its 64-bit lane.
-const fn shift_counts(bits: usize) -> [u8; 64] {
-    let mut counts = [0; 64];
-    let mut i = 0;
-    while i < 64 {
-        counts[i] = (bits * (i % 8)) as u8;
-        i += 1;
-    }
-    counts
-}
-
 /// Turns codes into `value + 128`; see the module.
-#[derive(Clone, Copy)]
 struct Decoder<const BITS: usize> {
-    spread: __m512i,
-    shift: __m512i,
     table: __m512i,
+    /// For each block the rotation that brings the bit of a plane of single bits to its place in the index.
+    to_place: [__m512i; BLOCKS],
 }
 
 impl<const BITS: usize> Decoder<BITS> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
     fn new(table: &[i8; 64]) -> Self {
-        let [spread, shift] = const { [spread_indices(BITS), shift_counts(BITS)] };
-        // SAFETY: arrays of 64 bytes are read.
-        let load = |bytes: *const u8| unsafe { _mm512_loadu_si512(bytes.cast()) };
-        let table = load(table.as_ptr().cast());
+        // SAFETY: an array of 64 bytes is read.
+        let table = unsafe { _mm512_loadu_si512(table.as_ptr().cast()) };
+        // Block `q` has bit `2q` of its first 32 codes, and bit `2q + 1` of the others.
+        let place = BITS as i32 - 1;
+        let rotation = |q| {
+            let (first, others) = (
+                _mm256_set1_epi32(place - 2 * q),
+                _mm256_set1_epi32(place - 2 * q - 1),
+            );
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(first), others)
+        };
         Decoder {
-            spread: load(spread.as_ptr()),
-            shift: load(shift.as_ptr()),
             table: _mm512_xor_si512(table, _mm512_set1_epi8(i8::MIN)),
+            to_place: [rotation(0), rotation(1), rotation(2), rotation(3)],
         }
     }
 
     /// The weights of a record, 16 columns of the four rows in each register.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     fn record(&self, record: &[u8]) -> [__m512i; BLOCKS] {
-        [
-            self.block::<0>(record),
-            self.block::<1>(record),
-            self.block::<2>(record),
-            self.block::<3>(record),
-        ]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-    fn block<const BLOCK: usize>(&self, record: &[u8]) -> __m512i {
-        let raw = load_block::<BITS, BLOCK>(record);
-        if BITS == 8 {
-            return raw;
-        }
-        let lanes = _mm512_permutexvar_epi8(self.spread, raw);
-        let codes = _mm512_multishift_epi64_epi8(self.shift, lanes);
-        _mm512_permutexvar_epi8(codes, self.table)
-    }
-}
-
-/// The `8 · BITS` bytes of a block of a record; what lies above them in the register is left open. Reads nothing
-/// outside the record.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn load_block<const BITS: usize, const BLOCK: usize>(record: &[u8]) -> __m512i {
-    let (used, offset) = (8 * BITS, 8 * BITS * BLOCK);
-    assert!(record.len() == record_bytes(BITS));
-    // Narrow loads where they do: they cross fewer cache lines.
-    // SAFETY: the offset is inside the record, and each load either ends inside it or is masked to the `used`
-    // bytes, which do (`offset + used ≤ 32 · BITS`).
-    unsafe {
-        let from = record.as_ptr().add(offset);
-        match BITS {
-            2 => _mm512_castsi128_si512(_mm_loadu_si128(from.cast())),
-            3 | 4 if offset + 32 <= record_bytes(BITS) => {
-                _mm512_castsi256_si512(_mm256_loadu_si256(from.cast()))
+        assert!(record.len() == record_bytes(BITS));
+        // SAFETY: the 64 bytes from 64·i on are inside the planes: `planes` below asks for the blocks of 64 bytes that
+        // a width has.
+        let plane = |i: usize| unsafe { _mm512_loadu_si512(record.as_ptr().add(64 * i).cast()) };
+        let low = match BITS {
+            2 | 3 => {
+                let x = plane(0);
+                [
+                    x,
+                    _mm512_srli_epi16::<2>(x),
+                    _mm512_srli_epi16::<4>(x),
+                    _mm512_srli_epi16::<6>(x),
+                ]
             }
-            3 => _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1 << used) - 1, from.cast())),
-            _ if offset + 64 <= record_bytes(BITS) => _mm512_loadu_si512(from.cast()),
-            _ => _mm512_maskz_loadu_epi8((1 << used) - 1, from.cast()),
-        }
+            4..=6 => {
+                let (x, y) = (plane(0), plane(1));
+                [x, y, _mm512_srli_epi16::<4>(x), _mm512_srli_epi16::<4>(y)]
+            }
+            _ => return [plane(0), plane(1), plane(2), plane(3)],
+        };
+        let high = match BITS {
+            3 | 5 => {
+                // SAFETY: the plane of single bits is the last 32 bytes of the codes.
+                let bits = unsafe { _mm256_loadu_si256(record.as_ptr().add(code_bytes(BITS) - 32).cast()) };
+                let bits = _mm512_broadcast_i64x4(bits);
+                self.to_place.map(|counts| _mm512_rolv_epi32(bits, counts))
+            }
+            6 => {
+                let x = plane(2);
+                [
+                    _mm512_slli_epi16::<4>(x),
+                    _mm512_slli_epi16::<2>(x),
+                    x,
+                    _mm512_srli_epi16::<2>(x),
+                ]
+            }
+            _ => return low.map(|codes| _mm512_permutexvar_epi8(codes, self.table)),
+        };
+        let low_bits = _mm512_set1_epi8(if BITS == 3 { 0b11 } else { 0b1111 });
+        std::array::from_fn(|q| {
+            // Each bit: `low_bits ? low : high`.
+            let codes = _mm512_ternarylogic_epi32::<0xca>(low_bits, low[q], high[q]);
+            _mm512_permutexvar_epi8(codes, self.table)
+        })
     }
 }
 

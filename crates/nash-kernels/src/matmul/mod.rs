@@ -45,7 +45,7 @@ use std::ops::Range;
 
 use crate::Isa;
 use crate::activations::{ActivationGroup, Activations, TOKEN_BLOCK};
-use crate::layout::{GROUP, PackedRef, PackedShape, TILE_ROWS};
+use crate::layout::{PackedRef, PackedShape, TILE_ROWS, TILE_WEIGHTS};
 use crate::pool::{self, Pool};
 
 /// Tokens that one decoded panel is used for. 64 tokens of 8192 columns are 768 KiB: second-level cache.
@@ -57,8 +57,6 @@ const TILES: usize = 2;
 /// Bytes of stream that one task works on for one token: enough to make the start of a task cheap,
 /// little enough to share out a small matrix.
 const TASK_BYTES: usize = 24 << 10;
-/// Weights of a record: four rows of a group.
-const TILE_WEIGHTS: usize = TILE_ROWS * GROUP;
 
 /// `y [T, m] = x [T, n] · Wᵀ`, with the kernels of [`Isa::active`]. The [crate] tells what is exact about it;
 /// no memory is allocated.

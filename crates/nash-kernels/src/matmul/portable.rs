@@ -1,9 +1,11 @@
-//! Kernels in plain Rust: for every machine, and what the others are compared with.
+//! Kernels in plain Rust: for every machine, and what the others are compared with. Written so that a
+//! compiler finds the vector instructions of its target.
 
 use std::ops::Range;
 
-use super::{Job, Kernel, Lanes, Panel, TILE_WEIGHTS, TokenBlock, many};
-use crate::layout::{BLOCK, GROUP, TILE_ROWS};
+use super::{Job, Kernel, Lanes, Panel, TokenBlock, many};
+use crate::codec;
+use crate::layout::{BLOCK, GROUP, TILE_ROWS, TILE_WEIGHTS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
@@ -21,24 +23,18 @@ unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
 
 /// Decodes to `i8` values. Safe, but of the type of its peers.
 fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
-    let (bits, bytes) = (job.w.shape().width.bits(), job.w.shape().record_bytes());
+    let (width, bytes) = (job.w.shape().width, job.w.shape().record_bytes());
     let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
     let panel = panel.weights.iter_mut().zip(&mut panel.scales);
     for (record, (weights, scales)) in records.chunks_exact(bytes).zip(panel) {
-        let (codes, scale_codes) = record.split_at(TILE_ROWS * GROUP / 8 * bits);
-        for (weights, codes) in weights.chunks_exact_mut(8).zip(codes.chunks_exact(bits)) {
-            // Eight codes are `bits` whole bytes.
-            let mut word = [0; 8];
-            word[..bits].copy_from_slice(codes);
-            let word = u64::from_le_bytes(word);
-            for (j, weight) in weights.iter_mut().enumerate() {
-                let code = (word >> (j * bits)) as u8;
-                *weight = if bits == 8 {
-                    code ^ 0x80
-                } else {
-                    job.table[usize::from(code % 64)] as u8
-                };
-            }
+        let (planes, scale_codes) = record.split_at(codec::record_code_bytes(width));
+        *weights = codec::decode(planes, width);
+        for weight in weights {
+            *weight = if width.bits() == 8 {
+                *weight ^ 0x80
+            } else {
+                job.table[usize::from(*weight % 64)] as u8
+            };
         }
         *scales = std::array::from_fn(|r| f32::from(scale_codes[r] as i8));
     }
@@ -68,8 +64,18 @@ fn sums(weights: &[u8; TILE_WEIGHTS], codes: &[i8; GROUP]) -> [i32; 16] {
         .iter()
         .zip(codes.as_chunks::<BLOCK>().0)
     {
-        for (k, &weight) in weights.iter().enumerate() {
-            sums[k / 4] += i32::from(weight as i8) * i32::from(codes[k % BLOCK]);
+        for (sums, weights) in sums
+            .as_chunks_mut::<4>()
+            .0
+            .iter_mut()
+            .zip(weights.as_chunks::<BLOCK>().0)
+        {
+            // At most 128 · 127: fits 16 bits.
+            let products: [i16; BLOCK] =
+                std::array::from_fn(|j| i16::from(weights[j] as i8) * i16::from(codes[j]));
+            for (sum, products) in sums.iter_mut().zip(products.as_chunks::<4>().0) {
+                *sum += products.iter().map(|&product| i32::from(product)).sum::<i32>();
+            }
         }
     }
     sums

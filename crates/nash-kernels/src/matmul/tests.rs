@@ -8,7 +8,7 @@ use rand_pcg::Pcg64Mcg;
 
 use super::*;
 use crate::codec::tests::random;
-use crate::{PackedMatrix, SCALE_UNIT, Unpacked, Width, pack};
+use crate::{GROUP, PackedMatrix, SCALE_UNIT, Unpacked, Width, pack};
 
 /// Exact result (to f64) and the sum of magnitudes of the terms, for every output.
 fn oracle(shape: PackedShape, w: &Unpacked, x: &Activations) -> Vec<(f64, f64)> {
