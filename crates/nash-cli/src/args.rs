@@ -127,7 +127,7 @@ impl Json {
         let mut text = serde_json::to_string_pretty(results)?;
         text.push('\n');
         if self.replaces_table() {
-            print!("{text}");
+            crate::out::write(format_args!("{text}"));
             return Ok(());
         }
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))

@@ -18,7 +18,7 @@ pub(crate) fn bytes(count: u64) -> String {
     format!("{value:.1} TB")
 }
 
-/// A duration: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`.
+/// A duration: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`, `34 days`.
 pub(crate) fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     let whole = seconds.round() as u64;
@@ -26,7 +26,8 @@ pub(crate) fn duration(duration: Duration) -> String {
         0..10 => format!("{seconds:.1} s"),
         10..60 => format!("{whole} s"),
         60..3600 => format!("{} min {:02} s", whole / 60, whole % 60),
-        _ => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
+        3600..172_800 => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
+        _ => format!("{} days", whole / 86_400),
     }
 }
 
@@ -96,6 +97,7 @@ mod tests {
         assert_eq!(of(59.4), "59 s");
         assert_eq!(of(185.0), "3 min 05 s");
         assert_eq!(of(7800.0), "2 h 10 min");
+        assert_eq!(of(3e6), "34 days");
     }
 
     #[test]

@@ -11,12 +11,14 @@ mod format;
 mod generate;
 mod interrupt;
 mod model;
+mod out;
 mod sizes;
 mod store;
 mod table;
 mod texts;
 mod ui;
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -41,6 +43,8 @@ fn prepare(global: &args::Global) -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
         .without_time()
         .init();
     interrupt::install()?;

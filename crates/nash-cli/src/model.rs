@@ -43,7 +43,7 @@ pub(crate) fn resolve(name: &Path) -> anyhow::Result<PathBuf> {
 /// Opens a model file without reading weights.
 pub(crate) fn open(name: &Path) -> anyhow::Result<(PathBuf, ModelFile)> {
     let path = resolve(name)?;
-    let file = ModelFile::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let file = ModelFile::open(&path)?;
     Ok((path, file))
 }
 
@@ -53,7 +53,6 @@ pub(crate) fn config(file: &ModelFile) -> anyhow::Result<ModelConfig> {
         ModelFile::Gguf(gguf) => ModelConfig::from_gguf(gguf)?,
         ModelFile::Hf(folder) => ModelConfig::from_hf(folder.config())?,
         ModelFile::Packed(folder) => ModelConfig::from_packed(folder.config())?,
-        _ => bail!("this kind of model file has no known configuration"),
     })
 }
 

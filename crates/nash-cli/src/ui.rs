@@ -9,7 +9,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{format, interrupt};
 
-/// How often a log that is not a terminal gets a line.
+/// A log that is not a terminal hears of a stage after this time…
+const LOG_FIRST: Duration = Duration::from_secs(2);
+/// …and then this often.
 const LOG_EVERY: Duration = Duration::from_secs(20);
 
 /// What the steps of a stage are.
@@ -34,7 +36,7 @@ struct Stage {
     done: u64,
     unit: Unit,
     started: Instant,
-    logged: Instant,
+    next_log: Duration,
     bar: Option<ProgressBar>,
 }
 
@@ -66,18 +68,14 @@ impl Ui {
         if self.quiet {
             return;
         }
-        let now = Instant::now();
         let bar = self.terminal.then(|| bar(name, total, unit));
-        if bar.is_none() {
-            eprintln!("{name} …");
-        }
         let stage = Stage {
             name: name.to_owned(),
             total,
             done: 0,
             unit,
-            started: now,
-            logged: now,
+            started: Instant::now(),
+            next_log: LOG_FIRST,
             bar,
         };
         *self.lock() = Some(stage);
@@ -90,8 +88,8 @@ impl Ui {
         stage.done += steps;
         if let Some(bar) = &stage.bar {
             bar.inc(steps);
-        } else if stage.logged.elapsed() >= LOG_EVERY {
-            stage.logged = Instant::now();
+        } else if stage.started.elapsed() >= stage.next_log {
+            stage.next_log = stage.started.elapsed() + LOG_EVERY;
             eprintln!("{}", stage.log_line());
         }
     }
@@ -108,7 +106,7 @@ impl Ui {
         let Some(stage) = self.lock().take() else { return };
         match stage.bar {
             Some(bar) => bar.finish_and_clear(),
-            None if stage.started.elapsed() >= LOG_EVERY => {
+            None if stage.started.elapsed() >= LOG_FIRST => {
                 eprintln!(
                     "{}: done in {}",
                     stage.name,

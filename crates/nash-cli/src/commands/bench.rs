@@ -8,6 +8,7 @@ use nash_eval::report::{Report, Row};
 use nash_eval::{EvalError, ModelScorer, SpeedOptions, SpeedReport, memory, read_bandwidth, speed};
 
 use crate::args::{Json, ModelArg};
+use crate::out::say;
 use crate::sizes::size_report;
 use crate::table::table;
 use crate::ui::{Ui, Unit};
@@ -158,7 +159,7 @@ fn print(report: &Report) {
             format!("{:.2} s", row.load_seconds.unwrap_or_default()),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }
 
 /// Median with the range of the repeats.

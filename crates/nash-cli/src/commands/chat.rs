@@ -1,6 +1,6 @@
 //! `chat`: a conversation on the terminal.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -9,9 +9,10 @@ use rustyline::error::ReadlineError;
 
 use crate::args::{ModelArg, Sampling, Threads};
 use crate::generate::{Limits, Session};
+use crate::out::say;
 use crate::store::Store;
 use crate::ui::Ui;
-use crate::{interrupt, model};
+use crate::{interrupt, model, out};
 
 const HELP: &str = "\
 /help            this text
@@ -100,7 +101,7 @@ impl Chat {
                     let prompt = template.render(&messages, &RenderOptions::answer())?;
                     let tokens = loaded.tokenizer.encode_prompt(&prompt, false)?;
                     let answer = session.answer(&tokens, ui, &mut show);
-                    println!();
+                    say!("");
                     // A stopped answer stays in the conversation as far as it went.
                     let stopped = interrupt::clear();
                     match answer {
@@ -130,8 +131,8 @@ fn opening(system: Option<&str>) -> Vec<Message> {
 }
 
 fn show(piece: &str) -> anyhow::Result<()> {
-    print!("{piece}");
-    Ok(std::io::stdout().flush()?)
+    out::write(format_args!("{piece}"));
+    Ok(())
 }
 
 /// Lines from a terminal with editing and history, or from a pipe.

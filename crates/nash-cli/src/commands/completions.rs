@@ -3,6 +3,8 @@
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 
+use crate::out;
+
 /// Print completions for a shell
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -16,12 +18,14 @@ pub(crate) struct Completions {
 
 impl Completions {
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        let mut script = Vec::new();
         clap_complete::generate(
             self.shell,
             &mut crate::args::Cli::command(),
             "nashswarm",
-            &mut std::io::stdout(),
+            &mut script,
         );
+        out::write(format_args!("{}", String::from_utf8(script)?));
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ use crate::args::{Json, Threads};
 use crate::calibration::{Source, calibration};
 use crate::commands::plan::plan_table;
 use crate::model::Loaded;
+use crate::out::say;
 use crate::sizes::size_report;
 use crate::table::table;
 use crate::ui::Ui;
@@ -133,8 +134,8 @@ impl Compress {
         let plan = nash_quant::plan(&config, &options)?;
         self.json.write(&plan)?;
         if !self.json.replaces_table() {
-            println!("{}", plan_table(std::slice::from_ref(&plan)));
-            println!("nothing was written");
+            say!("{}", plan_table(std::slice::from_ref(&plan)));
+            say!("nothing was written");
         }
         Ok(())
     }
@@ -208,7 +209,7 @@ pub(crate) fn row(out: &Path, report: &nash_quant::Report) -> anyhow::Result<Row
 
 fn print(out: &Path, report: &nash_quant::Report) -> anyhow::Result<()> {
     let texts = tokenizer_bytes(out);
-    println!(
+    say!(
         "{}: {} ({:.3} bits per weight over the whole file, {:.3} over the weight matrices); tokenizer texts apart: {}",
         out.display(),
         format::bytes(report.file_bytes),
@@ -217,14 +218,14 @@ fn print(out: &Path, report: &nash_quant::Report) -> anyhow::Result<()> {
         format::bytes(texts)
     );
     let seconds = Duration::from_secs_f64(report.compress_seconds.unwrap_or_default());
-    println!(
+    say!(
         "took {}, {} of memory at most; {} bytes of the budget unspent",
         format::duration(seconds),
         memory::peak_bytes().map_or("an unknown amount".into(), format::bytes),
         format::count(report.unspent_bytes)
     );
     if report.method == Method::Nash {
-        println!(
+        say!(
             "equilibrium: largest regret {:.2e}, {} players unsettled; `nashswarm verify {} --source …` checks it again",
             report.max_regret,
             report.unsettled,
@@ -246,7 +247,7 @@ fn print(out: &Path, report: &nash_quant::Report) -> anyhow::Result<()> {
         let mean = errors.sum::<f64>() / count as f64;
         table.add_row([format!("{bits}-bit"), count.to_string(), format!("{mean:.5}")]);
     }
-    println!("{table}");
+    say!("{table}");
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use crate::calibration::{Source, calibration};
 use crate::commands::{compress, eval, pull};
 use crate::generate::{Limits, Session};
 use crate::model::{self, Loaded};
+use crate::out::say;
 use crate::store::Store;
 use crate::table::demo_table;
 use crate::ui::{Ui, Unit};
@@ -221,7 +222,7 @@ impl Demo {
     }
 
     fn print(&self, outcome: &Outcome, dir: &Path) {
-        println!(
+        say!(
             "{}",
             demo_table(outcome.rows.iter().map(|answered| &answered.row))
         );
@@ -231,22 +232,22 @@ impl Demo {
             .and_then(|first| first.row.size.as_ref())
             .is_some_and(|size| size.file_bits_per_weight < 8.0)
         {
-            println!(
+            say!(
                 "The source is itself a quantized file: near its own width every method looks better than it is."
             );
         }
-        println!("\nAsked: {}", self.prompt);
+        say!("\nAsked: {}", self.prompt);
         for answered in &outcome.rows {
             if let Some(answer) = &answered.answer {
-                println!("  {}: {answer}", answered.row.name);
+                say!("  {}: {answer}", answered.row.name);
             }
         }
         let best = dir.join(folder(Method::Nash, BUDGETS[0]));
-        println!(
+        say!(
             "\nAll of it took {}.",
             format::duration(Duration::from_secs_f64(outcome.seconds))
         );
-        println!("Talk to it: nashswarm chat {}", best.display());
+        say!("Talk to it: nashswarm chat {}", best.display());
     }
 }
 

@@ -10,6 +10,7 @@ use nash_text::Tokenizer;
 
 use crate::args::{Json, Threads};
 use crate::model::{self, Loaded};
+use crate::out::say;
 use crate::sizes::size_report;
 use crate::table::eval_table;
 use crate::ui::{Ui, Unit};
@@ -83,8 +84,8 @@ impl Eval {
         let report = Report { rows };
         self.json.write(&report)?;
         if !self.json.replaces_table() {
-            println!("{}", eval_table(&report.rows));
-            println!("{}", protocol(&windows, self.text.as_deref()));
+            say!("{}", eval_table(&report.rows));
+            say!("{}", protocol(&windows, self.text.as_deref()));
         }
         Ok(())
     }

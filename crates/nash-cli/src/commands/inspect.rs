@@ -8,6 +8,7 @@ use nash_eval::report::SizeReport;
 use nash_models::ModelConfig;
 
 use crate::args::{Json, ModelArg};
+use crate::out::say;
 use crate::sizes::{TensorSize, file_bytes, summary, tensors};
 use crate::table::table;
 use crate::{format, model};
@@ -68,9 +69,9 @@ impl Inspect {
 
 impl Inspection {
     fn print(&self, all: bool) {
-        println!("{} ({})", self.path, self.format);
+        say!("{} ({})", self.path, self.format);
         if let Some(config) = &self.config {
-            println!(
+            say!(
                 "{}: {} layers, width {}, {} heads ({} for keys and values), vocabulary {}, context {}",
                 config.architecture,
                 config.num_layers(),
@@ -82,14 +83,14 @@ impl Inspection {
             );
         }
         let size = &self.size;
-        println!(
+        say!(
             "{} weights in {}: {:.3} bits per weight over the whole file, {:.3} over the weight matrices",
             format::count(size.weights),
             format::bytes(size.file_bytes),
             size.file_bits_per_weight,
             size.linear_bits_per_weight
         );
-        println!("{}", if all { self.every_tensor() } else { self.by_kind() });
+        say!("{}", if all { self.every_tensor() } else { self.by_kind() });
     }
 
     fn by_kind(&self) -> comfy_table::Table {

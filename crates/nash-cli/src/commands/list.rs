@@ -5,6 +5,7 @@ use nash_fetch::CATALOG;
 
 use crate::args::Json;
 use crate::format;
+use crate::out::say;
 use crate::store::Store;
 use crate::table::table;
 
@@ -65,7 +66,7 @@ impl List {
                     .map_or("not fetched".into(), |path| path.display().to_string()),
             ]);
         }
-        println!("{table}");
+        say!("{table}");
         Ok(())
     }
 }

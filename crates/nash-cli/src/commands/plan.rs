@@ -11,6 +11,7 @@ use nash_quant::{Budget, CompressOptions};
 use serde_json::Value;
 
 use crate::args::Json;
+use crate::out::say;
 use crate::table::table;
 use crate::{format, model};
 
@@ -79,8 +80,8 @@ impl Plan {
         }
         self.json.write(&outcome)?;
         if !self.json.replaces_table() {
-            println!("{}: {}", outcome.name, shape_line(&config, &outcome.rows));
-            println!("{}", plan_table(&outcome.rows));
+            say!("{}: {}", outcome.name, shape_line(&config, &outcome.rows));
+            say!("{}", plan_table(&outcome.rows));
         }
         Ok(())
     }

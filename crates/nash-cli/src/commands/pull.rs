@@ -4,6 +4,7 @@ use clap::Args;
 use nash_fetch::ModelRef;
 
 use crate::failure::Hint as _;
+use crate::out::say;
 use crate::store::Store;
 use crate::ui::{Ui, Unit};
 use crate::{format, interrupt};
@@ -27,7 +28,7 @@ pub(crate) struct Pull {
 impl Pull {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         let path = fetch(&self.reference, ui)?;
-        println!("{}", path.display());
+        say!("{}", path.display());
         Ok(())
     }
 }

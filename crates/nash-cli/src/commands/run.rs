@@ -1,6 +1,6 @@
 //! `run`: one prompt, one answer.
 
-use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::io::{IsTerminal as _, Read as _};
 use std::path::PathBuf;
 
 use anyhow::Context as _;
@@ -10,8 +10,9 @@ use nash_text::{Message, RenderOptions, Tokenizer};
 use crate::args::{ModelArg, Sampling, Threads};
 use crate::failure::Hint as _;
 use crate::generate::{Limits, Session};
+use crate::out::say;
 use crate::ui::Ui;
-use crate::{interrupt, model};
+use crate::{interrupt, model, out};
 
 /// Answer one prompt, or continue a text
 ///
@@ -52,12 +53,11 @@ impl Run {
         let loaded = model::load(self.model.path(), ui)?;
         let tokens = self.tokens(&loaded.tokenizer, &prompt)?;
         let mut session = Session::new(&loaded, &self.limits, &self.sampling)?;
-        let mut out = std::io::stdout();
         let answer = session.answer(&tokens, ui, &mut |piece| {
-            out.write_all(piece.as_bytes())?;
-            Ok(out.flush()?)
+            out::write(format_args!("{piece}"));
+            Ok(())
         })?;
-        println!();
+        say!("");
         interrupt::check()?;
         tracing::info!("{}", answer.statistics);
         answer.warn();

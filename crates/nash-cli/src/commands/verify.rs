@@ -9,6 +9,7 @@ use nash_quant::{Verification, VerifyOptions};
 
 use crate::args::{Json, Threads};
 use crate::failure::Hint as _;
+use crate::out::say;
 use crate::ui::Ui;
 use crate::{format, model};
 
@@ -95,21 +96,21 @@ impl Verify {
 
 impl Outcome {
     fn print(&self, with_source: bool) {
-        println!(
+        say!(
             "checksums: {} tensors, all as recorded",
             self.verification.checksums
         );
         match &self.verification.equilibrium {
-            Some(equilibrium) => println!(
+            Some(equilibrium) => say!(
                 "equilibrium: {} players checked against the source, {} could still gain; largest regret {:.2e} of the row's energy",
                 format::count(equilibrium.players),
                 equilibrium.unsettled,
                 equilibrium.max_regret
             ),
             None if with_source => {
-                println!("equilibrium: none claimed, the model was rounded by a baseline method")
+                say!("equilibrium: none claimed, the model was rounded by a baseline method")
             }
-            None => println!("equilibrium: not checked, give the source with --source"),
+            None => say!("equilibrium: not checked, give the source with --source"),
         }
     }
 }

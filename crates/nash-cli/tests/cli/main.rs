@@ -1,0 +1,6 @@
+//! The command as a user meets it. Snapshots are updated with `INSTA_UPDATE=always cargo test -p nash-cli`, to be read before
+//! they are committed.
+
+mod common;
+mod models;
+mod usage;
