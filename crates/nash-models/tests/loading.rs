@@ -307,15 +307,13 @@ fn a_packed_folder_loads_and_agrees_with_its_source() {
         assert_eq!(loaded.linears(), source.linears());
         let tokens: Vec<u32> = (0..30).map(|i| i * 11 % 64).collect();
         let (got, want) = (logits(&loaded, &tokens), logits(&source, &tokens));
-        // Eight bits for weights and activations: errors near 2⁻⁸ per product, relative to the logits' norm. A token
-        // may change experts, so the measure is the whole, not the worst.
+        // Eight bits for weights and activations: errors near 2⁻⁸ per product, relative to the norm of the logits. Of a
+        // mixture, some tokens that were undecided take another expert, which changes them at the order of its weight.
         let error: f32 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
         let norm: f32 = want.iter().map(|v| v * v).sum();
-        assert!(
-            (error / norm).sqrt() < 0.06,
-            "{name}: relative error {}",
-            (error / norm).sqrt()
-        );
+        let relative = (error / norm).sqrt();
+        let limit = if source.config().moe.is_some() { 0.2 } else { 0.06 };
+        assert!(relative < limit, "{name}: relative error {relative}");
     }
 }
 
