@@ -6,7 +6,8 @@
 //!   `{"quant_method": "nashswarm", "format_version": 1, "group_size": 64, "tensors": {NAME: {"bits": 3, "shape": [m, n]}}}`;
 //! * `model.safetensors`: for a packed tensor `NAME.packed` U8 `[stream bytes]` (see [`PackedRef`]), `NAME.row_scales` F16 `[m]`
 //!   and `NAME.codebook` I8 `[2^bits]` (absent at 8 bits); float tensors under their own names;
-//! * `nashswarm.json`: the report of the compression, with the SHA-256 of every tensor under `sha256`;
+//! * `nashswarm.json`: the report of the compression, with the SHA-256 of every tensor under `sha256` (one digest for the parts
+//!   of a packed tensor);
 //! * tokenizer files as in any model folder.
 //!
 //! `config.json` is written last: a folder without it is not finished and does not open.
@@ -154,8 +155,6 @@ struct Inner {
     dir: Option<PathBuf>,
     config: Value,
     report: Value,
-    /// Every tensor of the file, as stored.
-    stored: Vec<Tensor>,
     floats: TensorTable,
     packed: BTreeMap<String, PackedTensor>,
     bytes: u64,
@@ -231,7 +230,7 @@ impl PackedFolder {
             dir,
             config,
             report,
-            stored,
+
             floats,
             packed,
             bytes,
@@ -323,40 +322,34 @@ impl PackedFolder {
             )
         })?;
         let mut done = 0;
-        for tensor in &self.0.stored {
-            self.check_digest(tensor, digests.get(&tensor.name).and_then(Value::as_str))
-                .map_err(|e| self.place(e.with_tensor(&tensor.name)))?;
-            done += tensor.data.len() as u64;
+        let packed = self
+            .0
+            .packed
+            .iter()
+            .map(|(name, t)| (name.as_str(), packed_digest(t.as_ref()), t.bytes()));
+        let floats = self
+            .tensors()
+            .iter()
+            .map(|t| (t.name.as_str(), hash::sha256(&t.data), t.data.len()));
+        let mut checked = 0;
+        for (name, found, bytes) in packed.chain(floats) {
+            check_digest(name, found, digests.get(name).and_then(Value::as_str))
+                .map_err(|e| self.place(e.with_tensor(name)))?;
+            done += bytes as u64;
+            checked += 1;
             progress(done);
         }
-        match digests
+        if checked == digests.len() {
+            return Ok(());
+        }
+        let known = |name: &String| self.0.packed.contains_key(name) || self.find(name).is_some();
+        let name = digests
             .keys()
-            .find(|name| !self.0.stored.iter().any(|tensor| tensor.name == **name))
-        {
-            Some(name) => {
-                let kind = ErrorKind::MissingTensor {
-                    available: self.0.stored.len(),
-                };
-                Err(self.place(CoreError::new(kind).with_tensor(name)))
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn check_digest(&self, tensor: &Tensor, expected: Option<&str>) -> Result<()> {
-        let missing = || ErrorKind::MissingKey {
-            key: format!("{SHA256_KEY}.{}", tensor.name),
-        };
-        let expected = expected.ok_or_else(missing)?;
-        let found = hash::sha256(&tensor.data);
-        if found != expected {
-            return Err(ErrorKind::Checksum {
-                expected: expected.to_owned(),
-                found,
-            }
-            .into());
-        }
-        Ok(())
+            .find(|name| !known(name))
+            .cloned()
+            .unwrap_or_default();
+        let kind = ErrorKind::MissingTensor { available: checked };
+        Err(self.place(CoreError::new(kind).with_tensor(name)))
     }
 
     fn place(&self, error: CoreError) -> CoreError {
@@ -365,6 +358,33 @@ impl PackedFolder {
             None => error,
         }
     }
+}
+
+/// SHA-256 over stream, row scales and codebook, as they lie in the file.
+pub(crate) fn packed_digest(packed: PackedRef<'_>) -> String {
+    let mut hasher = hash::Hasher::new();
+    hasher.update(packed.stream());
+    packed
+        .row_scales()
+        .iter()
+        .for_each(|scale| hasher.update(&scale.to_le_bytes()));
+    hasher.update(bytemuck::cast_slice(packed.codebook()));
+    hasher.finish()
+}
+
+fn check_digest(name: &str, found: String, expected: Option<&str>) -> Result<()> {
+    let missing = || ErrorKind::MissingKey {
+        key: format!("{SHA256_KEY}.{name}"),
+    };
+    let expected = expected.ok_or_else(missing)?;
+    if found != expected {
+        return Err(ErrorKind::Checksum {
+            expected: expected.to_owned(),
+            found,
+        }
+        .into());
+    }
+    Ok(())
 }
 
 fn config_path(dir: Option<&Path>) -> PathBuf {

@@ -8,7 +8,7 @@
 //! Inside of the file tensors are ordered by the size of their elements, largest first, so that each is aligned to its
 //! elements without holes (which safetensors forbids); the data section starts at a multiple of 64 bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use crate::hash::sha256;
 use crate::hf::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::packed::{
     FORMAT_VERSION, PackedEntry, QUANT_METHOD, QUANTIZATION_KEY, QuantizationConfig, REPORT_FILE, SHA256_KEY,
-    check_finite, part_names,
+    check_finite, packed_digest, part_names,
 };
 use crate::safetensors::{LENGTH_BYTES, MAX_HEADER_BYTES};
 use crate::tensor::byte_len;
@@ -218,6 +218,7 @@ pub struct PackedWriter {
     dir: PathBuf,
     layout: PackedLayout,
     file: AtomicFile,
+    written: BTreeSet<String>,
     digests: BTreeMap<String, String>,
 }
 
@@ -238,6 +239,7 @@ impl PackedWriter {
             dir: dir.to_owned(),
             layout,
             file,
+            written: BTreeSet::new(),
             digests: BTreeMap::new(),
         })
     }
@@ -283,6 +285,7 @@ impl PackedWriter {
         if !matrix.codebook().is_empty() {
             self.store(&codebook, bytemuck::cast_slice(matrix.codebook()))?;
         }
+        self.digests.insert(name.to_owned(), packed_digest(matrix));
         Ok(())
     }
 
@@ -332,10 +335,12 @@ impl PackedWriter {
         } else {
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
-        self.store(name, &bytes)
+        self.store(name, &bytes)?;
+        self.digests.insert(name.to_owned(), sha256(&bytes));
+        Ok(())
     }
 
-    /// Writes a stored tensor at its place and remembers its digest.
+    /// Writes a stored tensor at its place and remembers that it did.
     fn store(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let available = self.layout.entries.len();
         let entry = self
@@ -353,7 +358,7 @@ impl PackedWriter {
             }
             .into());
         }
-        if self.digests.contains_key(name) {
+        if self.written.contains(name) {
             return Err(ErrorKind::DuplicateName {
                 name: name.to_owned(),
             }
@@ -365,7 +370,7 @@ impl PackedWriter {
             file.write_all(bytes)
         };
         write(self.file.file()).map_err(|e| CoreError::io("write", self.file.path(), e))?;
-        self.digests.insert(name.to_owned(), sha256(bytes));
+        self.written.insert(name.to_owned());
         Ok(())
     }
 
@@ -385,11 +390,12 @@ impl PackedWriter {
             dir,
             layout,
             file,
+            written,
             digests,
         } = self;
-        if let Some(name) = layout.entries.keys().find(|name| !digests.contains_key(*name)) {
+        if let Some(name) = layout.entries.keys().find(|name| !written.contains(*name)) {
             let kind = ErrorKind::MissingTensor {
-                available: digests.len(),
+                available: written.len(),
             };
             return Err(CoreError::new(kind).with_tensor(name).with_path(file.path()));
         }
@@ -403,13 +409,13 @@ impl PackedWriter {
             _ => atomic::sync_folder(&dir)?,
         }
         file.commit()?;
-        atomic::write(dir.join(REPORT_FILE), pretty(&report))?;
-        atomic::write(config_path, pretty(&config))?;
+        atomic::write(dir.join(REPORT_FILE), compact(report))?;
+        atomic::write(config_path, compact(config))?;
         PackedFolder::open(dir)
     }
 }
 
-/// JSON for people, with a newline at the end.
-fn pretty(object: &Map<String, Value>) -> String {
-    format!("{:#}\n", Value::Object(object.clone()))
+/// Compact JSON with a newline at the end: these files count towards the size of the model.
+fn compact(object: Map<String, Value>) -> String {
+    format!("{}\n", Value::Object(object))
 }

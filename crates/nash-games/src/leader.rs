@@ -5,8 +5,8 @@
 //! `w_j + Σ_{k<j} (w_k − ŵ_k) U_kj`. Players lead in descending order of `H_jj` (act-order).
 
 use faer::Side;
-use nash_kernels::GROUP;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
+use nash_kernels::{GROUP, pool};
 use rayon::prelude::*;
 
 use crate::error::GameError;
@@ -58,13 +58,16 @@ impl Leadership {
         let mut codes = vec![0u8; problem.weights.len()];
         problem.check(grid, &codes)?;
         let levels = Levels::new(&grid.codebook);
-        codes
-            .par_chunks_mut(n * ROWS_PER_CHUNK)
-            .zip(problem.weights.par_chunks(n * ROWS_PER_CHUNK))
-            .enumerate()
-            .for_each(|(chunk, (codes, weights))| {
-                self.round_rows(chunk * ROWS_PER_CHUNK, weights, grid, &levels, codes)
-            });
+        pool::for_each_chunk(&mut codes, (n * ROWS_PER_CHUNK).max(1), |chunk, codes| {
+            let first = chunk * ROWS_PER_CHUNK;
+            self.round_rows(
+                first,
+                &problem.weights[first * n..][..codes.len()],
+                grid,
+                &levels,
+                codes,
+            );
+        });
         Ok(codes)
     }
 

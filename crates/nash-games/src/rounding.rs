@@ -9,9 +9,9 @@
 //! block of 64 columns the block's part of `R` is updated after every move, the rest of `R` once per block with one matrix product. Moving
 //! players simultaneously could cycle and is never done. Row chunks have a fixed size: results do not depend on the number of threads.
 
+use half::f16;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
-use nash_kernels::{GROUP, SCALE_UNIT};
-use rayon::prelude::*;
+use nash_kernels::{GROUP, SCALE_UNIT, pool};
 
 use crate::error::{GameError, check_len};
 use crate::grid::{Grid, Levels, MAX_LEVEL, inverse_or_zero};
@@ -70,25 +70,26 @@ impl Problem<'_> {
     /// `Σᵢ vᵢ H vᵢᵀ` over rows written by `fill(row, weights of the row, v)`.
     fn quadratic(&self, fill: impl Fn(usize, &[f32], &mut [f32]) + Sync) -> f64 {
         let n = self.cols;
-        let chunks: Vec<f64> = self
+        let mut chunks: Vec<(&[f32], f64)> = self
             .weights
-            .par_chunks(n * ROWS_PER_CHUNK)
-            .enumerate()
-            .map(|(chunk, w)| {
-                let rows = w.len() / n;
-                let (mut v, mut hv) = (vec![0.0; w.len()], vec![0.0; w.len()]);
-                for (r, (w, v)) in w.chunks(n).zip(v.chunks_mut(n)).enumerate() {
-                    fill(chunk * ROWS_PER_CHUNK + r, w, v);
-                }
-                let (a, h) = (
-                    MatRef::row_major(&v, rows, n),
-                    MatRef::row_major(self.hessian, n, n),
-                );
-                gemm(1.0, a, h, 0.0, MatMut::row_major(&mut hv, rows, n));
-                inner_product(&v, &hv)
-            })
+            .chunks((n * ROWS_PER_CHUNK).max(1))
+            .map(|w| (w, 0.0))
             .collect();
-        chunks.iter().sum()
+        pool::for_each_chunk(&mut chunks, 1, |index, chunk| {
+            let (w, sum) = &mut chunk[0];
+            let rows = w.len() / n;
+            let (mut v, mut hv) = (vec![0.0; w.len()], vec![0.0; w.len()]);
+            for (r, (w, v)) in w.chunks(n).zip(v.chunks_mut(n)).enumerate() {
+                fill(index * ROWS_PER_CHUNK + r, w, v);
+            }
+            let (a, h) = (
+                MatRef::row_major(&v, rows, n),
+                MatRef::row_major(self.hessian, n, n),
+            );
+            gemm(1.0, a, h, 0.0, MatMut::row_major(&mut hv, rows, n));
+            *sum = inner_product(&v, &hv);
+        });
+        chunks.iter().map(|c| c.1).sum()
     }
 }
 
@@ -145,22 +146,40 @@ pub fn play(
     problem.check(grid, codes)?;
     let (n, groups) = (problem.cols, Grid::groups(problem.cols));
     let levels = Levels::new(&grid.codebook);
-    let traces: Vec<Trace> = codes
-        .par_chunks_mut(n * ROWS_PER_CHUNK)
-        .zip(grid.scale_codes.par_chunks_mut(groups * ROWS_PER_CHUNK))
-        .zip(grid.row_scales.par_chunks(ROWS_PER_CHUNK))
-        .zip(problem.weights.par_chunks(n * ROWS_PER_CHUNK))
-        .map(|(((codes, scale_codes), row_scales), weights)| {
-            let row_steps: Vec<f32> = row_scales.iter().map(|s| s.to_f32() * SCALE_UNIT).collect();
-            let mut chunk = Chunk::new(weights, problem.hessian, n, &levels, row_steps);
-            chunk.play(codes, scale_codes, rule)
+    // The kernels' own pool: products inside of a task then run on the task's thread.
+    let mut jobs: Vec<Job<'_>> = codes
+        .chunks_mut((n * ROWS_PER_CHUNK).max(1))
+        .zip(grid.scale_codes.chunks_mut((groups * ROWS_PER_CHUNK).max(1)))
+        .zip(grid.row_scales.chunks(ROWS_PER_CHUNK))
+        .zip(problem.weights.chunks((n * ROWS_PER_CHUNK).max(1)))
+        .map(|(((codes, scale_codes), row_scales), weights)| Job {
+            codes,
+            scale_codes,
+            row_scales,
+            weights,
+            trace: Trace::default(),
         })
         .collect();
+    pool::for_each_chunk(&mut jobs, 1, |_, job| {
+        let job = &mut job[0];
+        let row_steps: Vec<f32> = job.row_scales.iter().map(|s| s.to_f32() * SCALE_UNIT).collect();
+        let mut chunk = Chunk::new(job.weights, problem.hessian, n, &levels, row_steps);
+        job.trace = chunk.play(job.codes, job.scale_codes, rule);
+    });
     let mut trace = Trace::default();
-    for t in &traces {
-        trace.merge(t);
+    for job in &jobs {
+        trace.merge(&job.trace);
     }
     Ok(trace)
+}
+
+/// A few rows to be played, and what happened.
+struct Job<'a> {
+    codes: &'a mut [u8],
+    scale_codes: &'a mut [i8],
+    row_scales: &'a [f16],
+    weights: &'a [f32],
+    trace: Trace,
 }
 
 /// The state of play of a few rows.

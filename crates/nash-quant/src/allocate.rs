@@ -91,15 +91,13 @@ impl Inventory {
 
     /// Bytes that do not depend on the widths: float tensors, and an upper bound of headers, configuration and report.
     pub fn fixed_bytes(&self) -> u64 {
-        let header = |name: &str| name.len() as u64 + 90;
-        let floats: u64 = self.floats.iter().map(|(name, n)| 2 * n + header(name) + 8).sum();
-        // Three entries in the safetensors header, one in config.json, one in the report.
-        let linears: u64 = self
-            .linears
-            .iter()
-            .map(|l| 3 * (header(&l.name) + 12) + 5 * l.name.len() as u64 / 2 + 330)
-            .sum();
-        floats + linears + 6144
+        // What JSON takes beside the name: an entry of the safetensors header, of config.json, of the report, a digest.
+        let [entry, config, row, digest] = [82, 40, 130, 70];
+        let name = |name: &str| name.len() as u64;
+        let float = |(n, elements): &(String, u64)| 2 * elements + 2 * name(n) + entry + digest;
+        let linear = |l: &LinearShape| 6 * name(&l.name) + 30 + 3 * entry + config + row + digest;
+        let (floats, linears): (u64, u64) = (self.floats.iter().map(float).sum(), self.linears.iter().map(linear).sum());
+        floats + linears + 4096
     }
 
     /// Bytes of the file for a profile of widths; `None` on overflow.
@@ -140,7 +138,7 @@ impl Curve {
 ///
 /// # Errors
 /// If a pattern matches no linear.
-pub fn fixed_widths(
+pub(crate) fn fixed_widths(
     linears: &[LinearShape],
     rules: &[(String, Width)],
 ) -> Result<Vec<Option<Width>>, QuantError> {
@@ -163,7 +161,7 @@ pub fn fixed_widths(
 }
 
 /// Whether `pattern` with `*` (any run) and `?` (any one character) matches all of `name`.
-pub fn glob(pattern: &str, name: &str) -> bool {
+pub(crate) fn glob(pattern: &str, name: &str) -> bool {
     let (p, n): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
     // reachable[j]: the pattern read so far matches the first j characters.
     let mut reachable = vec![false; n.len() + 1];
@@ -207,7 +205,7 @@ fn offers(fixed: Option<Width>) -> impl Iterator<Item = (usize, Width)> {
 ///
 /// # Errors
 /// If the budget is below the smallest size.
-pub fn market(
+pub(crate) fn market(
     inventory: &Inventory,
     fixed: &[Option<Width>],
     curves: &[Curve],
@@ -245,7 +243,7 @@ pub fn market(
 ///
 /// # Errors
 /// If the budget is below the smallest size.
-pub fn uniform(inventory: &Inventory, fixed: &[Option<Width>], budget: u64) -> Result<Profile, QuantError> {
+pub(crate) fn uniform(inventory: &Inventory, fixed: &[Option<Width>], budget: u64) -> Result<Profile, QuantError> {
     check_budget(inventory, fixed, budget)?;
     let at = |w: Width| -> Vec<Width> { fixed.iter().map(|f| f.unwrap_or(w)).collect() };
     let fits = |widths: &[Width]| inventory.file_bytes(widths).is_some_and(|b| b <= budget);

@@ -7,9 +7,9 @@ use nash_models::{Site, Tap};
 
 /// Sums of `x xᵀ` per site of one layer (or of the head).
 #[derive(Debug, Default)]
-pub struct HessianTap {
+pub(crate) struct HessianTap {
     /// Sum and number of tokens per (layer, site).
-    pub sums: BTreeMap<(usize, Site), (Vec<f32>, u64)>,
+    pub(crate) sums: BTreeMap<(usize, Site), (Vec<f32>, u64)>,
 }
 
 impl Tap for HessianTap {
@@ -30,7 +30,7 @@ impl Tap for HessianTap {
 ///
 /// The second term shrinks estimates that rest on few tokens (experts, wide layers) towards the identity, as Ledoit and Wolf
 /// (2004) do with an estimated intensity. Inputs that never fired keep a positive diagonal.
-pub fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) {
+pub(crate) fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) {
     let scale = 1.0 / tokens.max(1) as f32;
     sum.iter_mut().for_each(|v| *v *= scale);
     let mean = (0..n).map(|i| f64::from(sum[i * n + i])).sum::<f64>() / n.max(1) as f64;
@@ -41,9 +41,9 @@ pub fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) {
 }
 
 /// Lower triangle of a symmetric matrix as little-endian bytes, and back.
-pub mod triangle {
+pub(crate) mod triangle {
     /// Packs the lower triangle, row by row.
-    pub fn to_bytes(h: &[f32], n: usize) -> Vec<u8> {
+    pub(crate) fn to_bytes(h: &[f32], n: usize) -> Vec<u8> {
         let mut out = Vec::with_capacity(n * (n + 1) * 2);
         for (i, row) in h.chunks(n).enumerate() {
             row[..=i]
@@ -54,7 +54,7 @@ pub mod triangle {
     }
 
     /// Restores the full matrix; `None` if the length does not fit.
-    pub fn from_bytes(bytes: &[u8], n: usize) -> Option<Vec<f32>> {
+    pub(crate) fn from_bytes(bytes: &[u8], n: usize) -> Option<Vec<f32>> {
         if bytes.len() != n * (n + 1) * 2 {
             return None;
         }

@@ -95,7 +95,7 @@ impl Default for CompressOptions {
             calibration: Calibration::default(),
             damping: 0.1,
             max_sweeps: 16,
-            probe_tokens: 256,
+            probe_tokens: 128,
             resume: false,
             force: false,
             work_dir: None,

@@ -13,7 +13,7 @@ use crate::QuantError;
 const LOGIT_ROWS: usize = 64;
 
 /// Token windows with the source model's states and log-probabilities.
-pub struct Probe {
+pub(crate) struct Probe {
     windows: Vec<Window>,
     vocab: usize,
 }
@@ -31,7 +31,7 @@ impl Probe {
     ///
     /// # Errors
     /// If the model cannot run a window.
-    pub fn new(model: &Model, windows: &[Vec<u32>]) -> Result<Self, QuantError> {
+    pub(crate) fn new(model: &Model, windows: &[Vec<u32>]) -> Result<Self, QuantError> {
         let vocab = model.config().vocab_size;
         let layers = model.config().num_layers();
         let windows = windows
@@ -66,7 +66,7 @@ impl Probe {
     ///
     /// # Errors
     /// If the model cannot run a window.
-    pub fn kl(&self, model: &Model, from_layer: Option<usize>) -> Result<f64, QuantError> {
+    pub(crate) fn kl(&self, model: &Model, from_layer: Option<usize>) -> Result<f64, QuantError> {
         let (mut sum, mut count) = (0.0, 0usize);
         for window in &self.windows {
             let tokens = window.tokens.len();
@@ -103,7 +103,7 @@ impl Probe {
     ///
     /// # Errors
     /// If the model cannot run a window.
-    pub fn kl_of_change(
+    pub(crate) fn kl_of_change(
         &self,
         model: &mut Model,
         name: &str,

@@ -8,7 +8,7 @@ use nash_kernels::{PackedMatrix, Width};
 use nash_models::{DenseLinear, KvCache, LinearInfo, Model, Site};
 
 use crate::QuantError;
-use crate::allocate::{Curve, LinearShape};
+use crate::allocate::Curve;
 use crate::hessian::{HessianTap, regularise, triangle};
 use crate::options::{CompressOptions, Method};
 use crate::probe::Probe;
@@ -20,7 +20,7 @@ use crate::tensor::{Rounded, Rounding, certify, round};
 /// Width at which the effect of a tensor on the whole model is measured.
 const REFERENCE_BITS: usize = 3;
 /// Rows per tensor on which layer errors at all widths are computed.
-const CURVE_ROWS: usize = 256;
+const CURVE_ROWS: usize = 96;
 /// Sweeps for curves: the first two make most of the difference.
 const CURVE_SWEEPS: usize = 2;
 /// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
@@ -263,18 +263,6 @@ impl Session<'_> {
         };
         self.scratch.put_bytes(&key, &stored::encode(&solved)?)?;
         Ok(solved)
-    }
-
-    /// Shapes of all linears.
-    pub(crate) fn shapes(&self) -> Vec<LinearShape> {
-        self.linears
-            .iter()
-            .map(|l| LinearShape {
-                name: l.name.clone(),
-                rows: l.rows,
-                cols: l.cols,
-            })
-            .collect()
     }
 }
 

@@ -11,33 +11,33 @@ use crate::options::{Method, Start};
 
 /// How to round a tensor.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rounding {
+pub(crate) struct Rounding {
     /// Bits per weight.
-    pub width: Width,
+    pub(crate) width: Width,
     /// The method.
-    pub method: Method,
+    pub(crate) method: Method,
     /// Start of the game (for [`Method::Nash`]).
-    pub start: Start,
+    pub(crate) start: Start,
     /// Sweeps at most (for [`Method::Nash`]).
-    pub max_sweeps: usize,
+    pub(crate) max_sweeps: usize,
 }
 
 /// A rounded tensor.
 #[derive(Debug, Clone)]
-pub struct Rounded {
+pub(crate) struct Rounded {
     /// Scales and levels.
-    pub grid: Grid,
+    pub(crate) grid: Grid,
     /// Codes `[m, n]`.
-    pub codes: Vec<u8>,
+    pub(crate) codes: Vec<u8>,
     /// The play; empty for the baselines.
-    pub trace: Trace,
+    pub(crate) trace: Trace,
 }
 
 /// Rounds `problem` (named for errors).
 ///
 /// # Errors
 /// If the lengths do not agree or, for sequential rounding, the Hessian cannot be factored.
-pub fn round(name: &str, problem: Problem<'_>, rounding: Rounding) -> Result<Rounded, QuantError> {
+pub(crate) fn round(name: &str, problem: Problem<'_>, rounding: Rounding) -> Result<Rounded, QuantError> {
     let n = problem.cols;
     let importance: Vec<f32> = (0..n).map(|i| problem.hessian[i * n + i]).collect();
     let (levels, rounds) = match rounding.method {
@@ -79,7 +79,7 @@ impl Rounded {
     ///
     /// # Errors
     /// If the layout refuses it.
-    pub fn pack(self, name: &str, cols: usize) -> Result<PackedMatrix, QuantError> {
+    pub(crate) fn pack(self, name: &str, cols: usize) -> Result<PackedMatrix, QuantError> {
         let shape = PackedShape {
             rows: self.codes.len() / cols.max(1),
             cols,
@@ -102,7 +102,7 @@ impl Rounded {
 ///
 /// # Errors
 /// If shapes do not agree.
-pub fn certify(
+pub(crate) fn certify(
     name: &str,
     problem: Problem<'_>,
     packed: PackedRef<'_>,

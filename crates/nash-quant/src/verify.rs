@@ -61,7 +61,8 @@ pub fn verify(
 ) -> Result<Verification, QuantError> {
     let report = Report::read(packed)?;
     progress.stage("checksums", packed.file_bytes());
-    packed.verify(|bytes| progress.advance(bytes))?;
+    let mut before = 0;
+    packed.verify(|done| progress.advance(done - std::mem::replace(&mut before, done)))?;
     let checksums = packed.packed_tensors().len();
     let equilibrium = match source {
         Some(source) if report.method == Method::Nash => {
