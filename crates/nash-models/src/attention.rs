@@ -274,19 +274,164 @@ impl RowStates<'_> {
             scores.iter_mut().for_each(|s| *s = math::softcap(*s, cap));
         }
         let old = self.max[row];
-        let max = scores.iter().copied().fold(old, f32::max);
+        let max = math::max(old, scores);
         if max == f32::NEG_INFINITY {
             scores.fill(0.0);
             return;
         }
         scores.iter_mut().for_each(|s| *s = math::exp(*s - max));
         let keep = math::exp(old - max);
-        self.sum[row] = self.sum[row] * keep + scores.iter().sum::<f32>();
+        self.sum[row] = self.sum[row] * keep + math::sum(scores);
         self.max[row] = max;
         if keep != 1.0 {
             self.o[row * dim..(row + 1) * dim]
                 .iter_mut()
                 .for_each(|v| *v *= keep);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::KvCache;
+    use crate::config::{ModelConfig, QkNorm};
+    use half::f16;
+    use serde_json::json;
+
+    /// Numbers in (−1, 1), deterministic.
+    fn noise(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    struct Setting {
+        heads: usize,
+        kv_heads: usize,
+        dim: usize,
+        window: Option<usize>,
+        softcap: Option<f32>,
+        /// Positions in the cache, and tokens of the call.
+        start: usize,
+        tokens: usize,
+    }
+
+    impl Setting {
+        fn config(&self) -> ModelConfig {
+            let mut config = ModelConfig::from_hf(&json!({"model_type": "llama", "vocab_size": 8,
+                "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "head_dim": self.dim,
+                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads}))
+            .unwrap();
+            config.attention.softcap = self.softcap;
+            assert_eq!(config.attention.qk_norm, QkNorm::None);
+            config
+        }
+
+        /// The definition, in f64; positions before the call are rounded to f16, and all are if there is one token.
+        fn naive(&self, config: &ModelConfig, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
+            let (dim, group) = (self.dim, self.heads / self.kv_heads);
+            let read = |x: &[f32], position: usize, head: usize, j: usize| {
+                let value = x[(position * self.kv_heads + head) * dim + j];
+                let cached = position < self.start || self.tokens == 1;
+                f64::from(if cached {
+                    f16::from_f32(value).to_f32()
+                } else {
+                    value
+                })
+            };
+            let mut out = Vec::new();
+            for token in 0..self.tokens {
+                let position = self.start + token;
+                let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
+                for head in 0..self.heads {
+                    let q = &q[(token * self.heads + head) * dim..][..dim];
+                    let scores = (first..=position).map(|p| {
+                        let dot: f64 = (0..dim)
+                            .map(|j| f64::from(q[j]) * read(k, p, head / group, j))
+                            .sum();
+                        let score = dot * f64::from(config.attention.scale);
+                        self.softcap
+                            .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                    });
+                    let weights: Vec<f64> = scores.map(f64::exp).collect();
+                    let total: f64 = weights.iter().sum();
+                    out.extend((0..dim).map(|j| {
+                        let values = (first..=position).map(|p| read(v, p, head / group, j));
+                        weights.iter().zip(values).map(|(w, v)| w * v).sum::<f64>() / total
+                    }));
+                }
+            }
+            out
+        }
+
+        fn check(&self) {
+            let config = self.config();
+            let all = self.start + self.tokens;
+            let (width, kv) = (self.heads * self.dim, self.kv_heads * self.dim);
+            // Scores of several units, so that the maximum matters.
+            let q: Vec<f32> = noise(self.tokens * width, 1)
+                .into_iter()
+                .map(|v| v * 6.0)
+                .collect();
+            let (k, v) = (noise(all * kv, 2), noise(all * kv, 3));
+            let mut cache = KvCache::new(&config, all + 3);
+            cache.store(0, 0, &k, &v);
+            let call = Attend {
+                config: &config.attention,
+                window: self.window,
+                start: self.start,
+                q: &q,
+                k: &k[self.start * kv..],
+                v: &v[self.start * kv..],
+                cache: cache.layer(0),
+            };
+            let mut out = vec![f32::NAN; self.tokens * width];
+            // What a buffer held before must not matter.
+            attend(&call, &mut vec![f32::NAN; 100_000], &mut out);
+            for (at, (got, want)) in out.iter().zip(self.naive(&config, &q, &k, &v)).enumerate() {
+                // Values are below 1; a score of up to 6·√dim has an error of 2⁻²⁴ times that and √dim.
+                assert!(
+                    (f64::from(*got) - want).abs() < 2e-5,
+                    "element {at}: {got}, want {want}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn agrees_with_the_definition_across_blocks_parts_and_units() {
+        for (start, tokens) in [
+            (0, 1),
+            (1299, 1),
+            (512, 1),
+            (0, 7),
+            (0, 300),
+            (150, 70),
+            (127, 130),
+            (640, 2),
+        ] {
+            for window in [None, Some(1), Some(20), Some(600), Some(10_000)] {
+                for (heads, kv_heads, dim, softcap) in
+                    [(6, 2, 16, None), (3, 3, 10, Some(2.0)), (4, 1, 24, None)]
+                {
+                    Setting {
+                        heads,
+                        kv_heads,
+                        dim,
+                        window,
+                        softcap,
+                        start,
+                        tokens,
+                    }
+                    .check();
+                }
+            }
         }
     }
 }

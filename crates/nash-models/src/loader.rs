@@ -33,13 +33,6 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
             let family = Family::named(&config.architecture)?;
             (config, family)
         }
-        other => {
-            let found = format!("{other:?}").chars().take(40).collect();
-            return Err(ModelError::UnknownArchitecture {
-                found,
-                known: "GGUF, Hugging Face, packed".into(),
-            });
-        }
     };
     let loader = Loader {
         file,

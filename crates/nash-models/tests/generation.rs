@@ -1,5 +1,7 @@
 //! Generation: greedy against the definition, chunked prompts, reuse of the cache, every way to end.
 
+#![expect(clippy::unwrap_used, reason = "a test says by panicking that it failed")]
+
 use std::path::Path;
 
 use nash_core::ModelFile;

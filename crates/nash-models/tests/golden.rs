@@ -6,6 +6,8 @@
 //! With the f16 cache the unit is 2⁻¹¹ ≈ 5e-4 on each key and value, and the average over many of them shrinks it;
 //! 2e-2 of the scale leaves room for peaked attention.
 
+#![expect(clippy::unwrap_used, reason = "a test says by panicking that it failed")]
+
 use std::path::{Path, PathBuf};
 
 use nash_core::ModelFile;

@@ -1,5 +1,7 @@
 //! Bad models are refused with an error that names the place; packed folders load and compute.
 
+#![expect(clippy::unwrap_used, reason = "a test says by panicking that it failed")]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

@@ -1,5 +1,7 @@
 //! The number of threads is chosen once per process, so every count runs in a process of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test says by panicking that it failed")]
+
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::process::Command;

@@ -373,11 +373,7 @@ impl Family {
             .iter()
             .find(|family| names(family).contains(&name))
             .ok_or_else(|| {
-                let known: Vec<&str> = FAMILIES
-                    .iter()
-                    .flat_map(|family| names(family))
-                    .copied()
-                    .collect();
+                let known: Vec<&str> = FAMILIES.iter().flat_map(&names).copied().collect();
                 ModelError::UnknownArchitecture {
                     found: name.to_owned(),
                     known: known.join(", "),
