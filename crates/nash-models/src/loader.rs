@@ -24,6 +24,7 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
             gguf_family(gguf, gguf.str("general.architecture")?)?,
         ),
         ModelFile::Hf(folder) => {
+            refuse_quantized(folder.config())?;
             let config = ModelConfig::from_hf(folder.config())?;
             let family = Family::named(&config.architecture)?;
             (config, family)
@@ -71,6 +72,24 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
     .map(|parts| {
         let (layers, final_norm, positions) = parts;
         Model::new(config, weights, layers, final_norm, positions)
+    })
+}
+
+/// Weights of another quantizer would be read as if they were plain numbers.
+fn refuse_quantized(config: &serde_json::Value) -> Result<()> {
+    let Some(method) = config
+        .get("quantization_config")
+        .and_then(|q| q.get("quant_method"))
+    else {
+        return Ok(());
+    };
+    let architecture = config
+        .get("model_type")
+        .and_then(|name| name.as_str())
+        .unwrap_or("model");
+    Err(ModelError::Unsupported {
+        architecture: architecture.to_owned(),
+        what: format!("reading weights that {method} has quantized (take the original folder)"),
     })
 }
 

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use half::f16;
+use nash_core::gguf_write::GgufWriter;
 use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
-use nash_core::{DType, ModelFile};
+use nash_core::{DType, Gguf, ModelFile, gguf};
 use nash_kernels::{PackedMatrix, PackedShape, Unpacked, Width, dequantize_row, pack};
 use nash_models::{DenseLinear, KvCache, Model, ModelConfig, ModelError};
 use serde_json::{Value, json};
@@ -70,6 +71,13 @@ fn missing_tensors_are_named_with_what_was_tried() {
 }
 
 #[test]
+fn weights_of_other_quantizers_are_refused() {
+    let gptq = json!({"quant_method": "gptq", "bits": 4});
+    let error = load_changed("llama", &[("quantization_config", gptq)]).unwrap_err();
+    assert!(error.to_string().contains("gptq"), "{error}");
+}
+
+#[test]
 fn wrong_shapes_are_named_with_both_shapes() {
     let error = load_changed("llama", &[("intermediate_size", json!(80))]).unwrap_err();
     let ModelError::WrongShape {
@@ -117,6 +125,94 @@ fn lying_sizes_do_not_overflow() {
             );
         }
     }
+}
+
+/// Loads a GGUF file after a key of its metadata was set (or removed) and a tensor was left out.
+fn load_gguf_changed(
+    name: &str,
+    key: &str,
+    value: Option<gguf::Value>,
+    without: &str,
+) -> Result<Model, ModelError> {
+    let source = Gguf::open(golden(name).join("model.gguf")).unwrap();
+    let mut writer = GgufWriter::new();
+    for (k, v) in source.metadata().iter().filter(|(k, _)| *k != key) {
+        writer = writer.metadata(k.clone(), v.clone());
+    }
+    if let Some(value) = value {
+        writer = writer.metadata(key, value);
+    }
+    for tensor in source.tensors().iter().filter(|tensor| tensor.name != without) {
+        writer = writer.tensor(tensor.clone());
+    }
+    Model::load(&ModelFile::Gguf(
+        Gguf::from_bytes(writer.to_bytes().unwrap()).unwrap(),
+    ))
+}
+
+#[test]
+fn gguf_metadata_that_is_wrong_or_missing_is_named() {
+    use gguf::Value;
+    let fails = |name: &str, key: &str, value: Option<Value>| {
+        load_gguf_changed(name, key, value, "")
+            .map(|_| ())
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(
+        load_gguf_changed("llama", "", None, "").is_ok(),
+        "the copy itself loads"
+    );
+    let text = fails(
+        "llama",
+        "general.architecture",
+        Some(Value::String("rwkv7".into())),
+    );
+    assert!(text.contains("rwkv7") && text.contains("qwen3moe"), "{text}");
+    for key in [
+        "embedding_length",
+        "block_count",
+        "context_length",
+        "attention.head_count",
+    ] {
+        assert!(fails("llama", &format!("llama.{key}"), None).contains(key));
+        for value in [0, 1 << 40, u64::MAX] {
+            let text = fails("llama", &format!("llama.{key}"), Some(Value::U64(value)));
+            // A long context is not wrong by itself.
+            assert!(!text.is_empty(), "{key} = {value}");
+        }
+    }
+    let eps = "llama.attention.layer_norm_rms_epsilon";
+    assert!(fails("llama", eps, Some(Value::F32(f32::NAN))).contains("eps"));
+    let scaling = Some(Value::String("longrope".into()));
+    assert!(fails("llama", "llama.rope.scaling.type", scaling).contains("longrope"));
+    assert!(fails("mixtral", "llama.expert_used_count", Some(Value::U32(5))).contains("5 of 4"));
+    assert!(fails("mixtral", "llama.expert_count", Some(Value::U32(3))).contains("[4, 48]"));
+    let gating = fails("qwen2_moe", "qwen2moe.expert_gating_func", Some(Value::U32(9)));
+    assert!(gating.contains("gating function 9"), "{gating}");
+}
+
+#[test]
+fn missing_gguf_tensors_are_named_both_ways() {
+    let error = load_gguf_changed("llama", "", None, "blk.1.ffn_down.weight")
+        .map(|_| ())
+        .unwrap_err();
+    let ModelError::MissingTensor { tensor, tried, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(tensor, "model.layers.1.mlp.down_proj.weight");
+    assert!(tried.contains("blk.1.ffn_down.weight"), "{tried}");
+    let error = load_gguf_changed("llama", "", None, "token_embd.weight")
+        .map(|_| ())
+        .unwrap_err();
+    assert!(error.to_string().contains("token_embd.weight"), "{error}");
+    // Without an output matrix the embedding is the output: another model, but a whole one.
+    assert!(
+        load_gguf_changed("llama", "", None, "output.weight")
+            .unwrap()
+            .config()
+            .tie_embeddings
+    );
 }
 
 #[test]

@@ -534,4 +534,41 @@ mod tests {
         assert_eq!(rope.local.unwrap().base, 10_000.0);
         assert!(config.tie_embeddings);
     }
+
+    #[test]
+    fn both_spellings_of_the_rope_keys() {
+        let with = |changes: Value| {
+            let mut value = llama();
+            value
+                .as_object_mut()
+                .unwrap()
+                .extend(changes.as_object().unwrap().clone());
+            ModelConfig::from_hf(&value).unwrap()
+        };
+        let scaling = json!({"rope_type": "linear", "factor": 4.0});
+        let old = with(json!({"rope_theta": 5e5, "rope_scaling": scaling}));
+        let new = with(json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}}));
+        assert_eq!(old, new);
+        let Positions::Rope(rope) = old.positions else {
+            panic!("rope")
+        };
+        assert_eq!((rope.global.base, rope.dims), (5e5, 16));
+        assert_eq!(rope.global.scaling, RopeScaling::Linear { factor: 4.0 });
+        // The oldest files name the kind `type`.
+        let oldest = with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}));
+        let Positions::Rope(rope) = oldest.positions else {
+            panic!("rope")
+        };
+        assert_eq!(rope.global.scaling, RopeScaling::Linear { factor: 4.0 });
+
+        let gemma = json!({"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 6, "rope_parameters": {
+                "full_attention": {"rope_theta": 7e5, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_theta": 9e3, "rope_type": "default"}}});
+        let Positions::Rope(rope) = ModelConfig::from_hf(&gemma).unwrap().positions else {
+            panic!("rope")
+        };
+        assert_eq!((rope.global.base, rope.local.unwrap().base), (7e5, 9e3));
+        assert_eq!(rope.global.scaling, RopeScaling::Linear { factor: 8.0 });
+    }
 }
