@@ -65,20 +65,18 @@ fn seconds(isa: Isa, w: &PackedMatrix, tokens: usize) -> f64 {
 }
 
 fn dense_products() {
-    let (tokens, n) = (512, 1024);
-    let (x, mut h) = (vec![0.5f32; tokens * n], vec![0.0f32; n * n]);
-    let products = (tokens * n * n) as f64;
-    let time = best(|| dense::gram_accumulate(&x, tokens, n, &mut h));
-    println!(
-        "gram_accumulate [{tokens}, {n}]: {:.0} GFLOP/s (of the full matrix)",
-        2e-9 * products / time
-    );
-    let (w, mut y) = (vec![0.5f32; n * n], vec![0.0f32; tokens * n]);
-    let time = best(|| dense::matmul_nt(&x, &w, &mut y, tokens, n, n));
-    println!(
-        "matmul_nt [{tokens}, {n}] x [{n}, {n}]: {:.0} GFLOP/s",
-        2e-9 * products / time
-    );
+    for (tokens, n) in [(512, 1024), (512, 576), (64, 1536), (1, 2048)] {
+        let (x, mut h) = (vec![0.5f32; tokens * n], vec![0.0f32; n * n]);
+        let operations = 2e-9 * (tokens * n * n) as f64;
+        let gram = best(|| dense::gram_accumulate(&x, tokens, n, &mut h));
+        let (w, mut y) = (vec![0.5f32; n * n], vec![0.0f32; tokens * n]);
+        let product = best(|| dense::matmul_nt(&x, &w, &mut y, tokens, n, n));
+        println!(
+            "dense, x [{tokens}, {n}]: gram_accumulate {:.0}, matmul_nt {:.0} GFLOP/s",
+            operations / gram,
+            operations / product
+        );
+    }
 }
 
 fn main() {

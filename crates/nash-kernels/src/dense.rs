@@ -12,12 +12,14 @@
     reason = "calls of the `gemm` crate, and outputs shared out to threads by blocks"
 )]
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::pool::{self, Pool};
+use crate::transpose::transpose;
 
-/// A borrowed matrix `[rows, cols]` with any strides.
+/// A borrowed matrix `[rows, cols]`: part of a row-major matrix, or the transpose of one. So one of its strides is 1.
 #[derive(Clone, Copy, Debug)]
 pub struct MatRef<'a> {
     data: &'a [f32],
@@ -95,6 +97,18 @@ impl<'a> MatRef<'a> {
     #[must_use]
     pub fn cols_range(self, range: Range<usize>) -> Self {
         self.t().rows_range(range).t()
+    }
+}
+
+impl<'a> MatRef<'a> {
+    /// The same matrix with contiguous rows: itself, or a copy in `buffer`.
+    fn with_contiguous_rows(self, buffer: &'a mut Vec<f32>) -> Self {
+        if self.col_stride == 1 {
+            return self;
+        }
+        // One of the strides is always 1, so the columns are contiguous.
+        transpose(self.data, self.col_stride, (self.cols, self.rows), buffer);
+        MatRef::row_major(buffer, self.rows, self.cols)
     }
 }
 
@@ -255,7 +269,7 @@ pub fn gram_accumulate(x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
 
 fn gram_on(pool: &Pool, x: MatRef<'_>, h: MatMut<'_>) {
     let n = x.cols;
-    let size = (n / 8).next_multiple_of(32).clamp(128, 512);
+    let size = (n / 8).next_multiple_of(64).clamp(128, 512);
     let blocks = n.div_ceil(size);
     let pairs: Vec<_> = (0..blocks)
         .flat_map(|i| (i..blocks).map(move |j| (i, j)))
@@ -319,16 +333,25 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
     sums[0]
 }
 
-/// Rows and columns of the blocks that a product `[m, k] · [k, n]` is cut into; from the shapes alone.
+/// Rows and columns of the blocks that a product `[m, k] · [k, n]` is cut into; from the shapes alone. Rows are cut
+/// only where columns do not give enough tasks: a block of `b` is rearranged for each of its tasks.
 fn block_sizes(m: usize, n: usize, k: usize) -> (usize, usize) {
     /// Multiplications that are worth a task.
     const TASK: usize = 1 << 18;
     if m.saturating_mul(n).saturating_mul(k) < 2 * TASK {
         return (m.max(1), n.max(1));
     }
-    let block = |extent: usize| (extent / 4).next_multiple_of(32).clamp(128, 512);
-    (block(m), block(n))
+    let cols = (n / 8).next_multiple_of(32).clamp(96, 384);
+    let rows = if n / cols >= 4 {
+        4096
+    } else {
+        (m / 8).next_multiple_of(32).clamp(96, 384)
+    };
+    (rows.min(m), cols)
 }
+
+/// The inner dimension is brought into the order `gemm` likes in equal panels of at most this.
+const DEPTH: usize = 512;
 
 /// The `index`-th piece of `size` elements of `0..end`.
 fn nth_range(index: usize, size: usize, end: usize) -> Range<usize> {
@@ -366,11 +389,48 @@ impl<'a> Out<'a> {
         }
     }
 
-    /// `block = beta · block + alpha · a · b`.
+    /// `block = beta · block + alpha · a · b`. Factors whose inner dimension is the contiguous one are transposed first,
+    /// panel by panel: `gemm` is several times slower if it has to gather its vectors.
     ///
     /// # Safety
     /// The ranges are inside the matrix and as long as `a` and `b` say, and no other thread uses the block.
     unsafe fn product(
+        &self,
+        (alpha, a, b): (f32, MatRef<'_>, MatRef<'_>),
+        beta: f32,
+        (rows, cols): (Range<usize>, Range<usize>),
+    ) {
+        /// Rows or columns of the block from which on the copies pay.
+        const WORTH: usize = 8;
+        thread_local!(static PANELS: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) });
+        let gathers = a.row_stride != 1 || b.col_stride != 1;
+        if !gathers || a.rows.min(b.cols) < WORTH || a.cols == 0 {
+            // SAFETY: passed on.
+            return unsafe { self.plain_product((alpha, a, b), beta, (rows, cols)) };
+        }
+        // Taken out while in use: `gemm` could not come back here, but nothing needs to rely on that.
+        let (mut a_panel, mut b_panel) = PANELS.take();
+        let panel = a.cols.div_ceil(a.cols.div_ceil(DEPTH));
+        for first in (0..a.cols).step_by(panel) {
+            let depth = first..a.cols.min(first + panel);
+            let a = a
+                .cols_range(depth.clone())
+                .t()
+                .with_contiguous_rows(&mut a_panel)
+                .t();
+            let b = b.rows_range(depth).with_contiguous_rows(&mut b_panel);
+            let beta = if first == 0 { beta } else { 1.0 };
+            // SAFETY: passed on.
+            unsafe { self.plain_product((alpha, a, b), beta, (rows.clone(), cols.clone())) }
+        }
+        PANELS.set((a_panel, b_panel));
+    }
+
+    /// [`product`](Self::product) by one call of `gemm`.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn plain_product(
         &self,
         (alpha, a, b): (f32, MatRef<'_>, MatRef<'_>),
         beta: f32,
@@ -571,7 +631,14 @@ mod tests {
 
     #[test]
     fn matmul_nt_is_right() {
-        for (tokens, rows, cols) in [(1, 300, 257), (1, 5, 0), (2, 9, 65), (130, 140, 100), (0, 3, 4)] {
+        for (tokens, rows, cols) in [
+            (1, 300, 257),
+            (1, 5, 0),
+            (2, 9, 65),
+            (130, 140, 100),
+            (20, 40, 1100),
+            (0, 3, 4),
+        ] {
             let (x, w) = (random(tokens * cols, 1), random(rows * cols, 2));
             let mut y = vec![f32::NAN; tokens * rows];
             matmul_nt(&x, &w, &mut y, tokens, rows, cols);

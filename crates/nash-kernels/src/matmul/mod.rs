@@ -224,12 +224,13 @@ impl Kernel {
 /// The CPU has the kernel's instruction set, `tiles` are in range, and no other thread stores them.
 unsafe fn many(kernel: &Kernel, job: &Job<'_>, tiles: Range<usize>) {
     let mut panels = [const { Panel::ZERO }; TILES];
+    let mut lanes = [Lanes([[0.0; 16]; TOKEN_CHUNK]); TILES];
     for first_token in (0..job.x.tokens()).step_by(TOKEN_CHUNK) {
         let tokens = first_token..job.x.tokens().min(first_token + TOKEN_CHUNK);
         for first in tiles.clone().step_by(kernel.tiles) {
             let tiles = first..tiles.end.min(first + kernel.tiles);
             // SAFETY: passed on.
-            unsafe { many_of(kernel, job, (tiles, tokens.clone()), &mut panels) }
+            unsafe { many_of(kernel, job, (tiles, tokens.clone()), (&mut panels, &mut lanes)) }
         }
     }
 }
@@ -242,11 +243,13 @@ unsafe fn many_of(
     kernel: &Kernel,
     job: &Job<'_>,
     (tiles, tokens): (Range<usize>, Range<usize>),
-    panels: &mut [Panel; TILES],
+    (panels, lanes): (&mut [Panel; TILES], &mut [Lanes; TILES]),
 ) {
     let groups = job.w.shape().groups();
     let panels = &mut panels[..tiles.len()];
-    let mut lanes = [Lanes([[0.0; 16]; TOKEN_CHUNK]); TILES];
+    for lanes in lanes.iter_mut() {
+        lanes.0[..tokens.len()].fill([0.0; 16]);
+    }
     for first in (0..groups).step_by(PANEL) {
         let range = first..groups.min(first + PANEL);
         for (panel, tile) in panels.iter_mut().zip(tiles.clone()) {
@@ -261,10 +264,10 @@ unsafe fn many_of(
                 first: token - tokens.start,
             };
             // SAFETY: the caller vouches for the instruction set.
-            unsafe { (kernel.multiply)(panels, &block, &mut lanes) }
+            unsafe { (kernel.multiply)(panels, &block, lanes) }
         }
     }
-    for (tile, lanes) in tiles.zip(&lanes) {
+    for (tile, lanes) in tiles.zip(lanes) {
         let row_scales = job.w.tile_row_scales(tile);
         for (token, lanes) in tokens.clone().zip(&lanes.0) {
             // SAFETY: both are in range, and the caller vouches that the tile is this thread's.
