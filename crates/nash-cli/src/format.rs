@@ -44,8 +44,11 @@ pub(crate) fn count(value: u64) -> String {
     out
 }
 
-/// A value with its standard error: `25.79 ± 0.41`.
+/// A value with its standard error: `25.79 ± 0.41`, `4.7e7 ± 6.9e6`.
 pub(crate) fn plus_minus(value: f64, stderr: f64, digits: usize) -> String {
+    if value >= 1e5 {
+        return format!("{value:.1e} ± {stderr:.1e}");
+    }
     format!("{value:.digits$} ± {stderr:.digits$}")
 }
 
@@ -105,6 +108,12 @@ mod tests {
         assert_eq!(count(0), "0");
         assert_eq!(count(1234), "1 234");
         assert_eq!(count(134_515_008), "134 515 008");
+    }
+
+    #[test]
+    fn errors() {
+        assert_eq!(plus_minus(25.788, 0.41, 2), "25.79 ± 0.41");
+        assert_eq!(plus_minus(47_331_594.6, 6_875_942.3, 2), "4.7e7 ± 6.9e6");
     }
 
     #[test]

@@ -144,7 +144,13 @@ impl Drop for Ui {
 
 impl nash_quant::Progress for Ui {
     fn stage(&self, name: &str, total: u64) {
-        self.begin(name, total, Unit::Steps);
+        // The one stage that counts bytes.
+        let unit = if name == "checksums" {
+            Unit::Bytes
+        } else {
+            Unit::Steps
+        };
+        self.begin(name, total, unit);
     }
 
     fn advance(&self, n: u64) {

@@ -226,10 +226,9 @@ fn print(out: &Path, report: &nash_quant::Report) -> anyhow::Result<()> {
     );
     if report.method == Method::Nash {
         say!(
-            "equilibrium: largest regret {:.2e}, {} players unsettled; `nashswarm verify {} --source …` checks it again",
-            report.max_regret,
-            report.unsettled,
-            out.display()
+            "equilibrium: {} of the certified players could still gain, at most {:.1e} of their row's energy",
+            format::count(report.unsettled),
+            report.max_regret
         );
     }
     let mut widths = BTreeMap::<usize, u64>::new();

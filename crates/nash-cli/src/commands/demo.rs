@@ -70,6 +70,7 @@ pub(crate) struct Demo {
 struct Effort {
     calibration_tokens: usize,
     probe_tokens: usize,
+    max_sweeps: usize,
     chunks: usize,
     answer_tokens: usize,
     speed: SpeedOptions,
@@ -156,15 +157,17 @@ impl Demo {
         if self.quick {
             Effort {
                 calibration_tokens: 4096,
-                probe_tokens: 128,
-                chunks: 4,
+                probe_tokens: 48,
+                max_sweeps: 4,
+                chunks: 3,
                 answer_tokens: 40,
                 speed,
             }
         } else {
             Effort {
-                calibration_tokens: 32768,
-                probe_tokens: 256,
+                calibration_tokens: 16384,
+                probe_tokens: CompressOptions::default().probe_tokens,
+                max_sweeps: CompressOptions::default().max_sweeps,
                 chunks: 16,
                 answer_tokens: 80,
                 speed,
@@ -239,6 +242,8 @@ impl Demo {
         say!("\nAsked: {}", self.prompt);
         for answered in &outcome.rows {
             if let Some(answer) = &answered.answer {
+                // On one line, whatever the model makes of it.
+                let answer = answer.split_whitespace().collect::<Vec<_>>().join(" ");
                 say!("  {}: {answer}", answered.row.name);
             }
         }
@@ -271,6 +276,7 @@ fn compress_all(
                 method,
                 calibration: calibration.clone(),
                 probe_tokens: effort.probe_tokens,
+                max_sweeps: effort.max_sweeps,
                 // The folders of the demo are its own, and what one budget measured serves the next.
                 force: true,
                 work_dir: Some(dir.join(format!("work-{}", label(method)))),

@@ -41,7 +41,13 @@ pub(crate) struct Verify {
 struct Outcome {
     #[serde(flatten)]
     verification: Verification,
+    /// Largest regret found.
+    #[serde(skip_serializing_if = "Option::is_none")]
     max_regret: Option<f64>,
+    /// Largest regret that the model's own report claims.
+    claimed_max_regret: f64,
+    /// Players that the model's own report says could still gain.
+    claimed_unsettled: u64,
 }
 
 impl Verify {
@@ -55,42 +61,35 @@ impl Verify {
             ))
             .hint("a source model has no certificate to check; `inspect` shows what is in it");
         };
+        let report = nash_quant::Report::read(&packed)?;
         let source = self
             .source
             .as_deref()
             .map(model::open)
             .transpose()?
             .map(|(_, file)| file);
-        let options = if self.all {
-            VerifyOptions {
-                rows_per_tensor: usize::MAX,
-            }
+        let rows_per_tensor = if self.all {
+            usize::MAX
         } else {
-            VerifyOptions::default()
+            VerifyOptions::default().rows_per_tensor
         };
+        let options = VerifyOptions { rows_per_tensor };
         let verification = nash_quant::verify(&packed, source.as_ref(), options, ui)?;
         ui.finish();
-        let max_regret = verification
-            .equilibrium
-            .as_ref()
-            .map(|equilibrium| equilibrium.max_regret);
         let outcome = Outcome {
+            max_regret: verification
+                .equilibrium
+                .as_ref()
+                .map(|equilibrium| equilibrium.max_regret),
             verification,
-            max_regret,
+            claimed_max_regret: report.max_regret,
+            claimed_unsettled: report.unsettled,
         };
         self.json.write(&outcome)?;
         if !self.json.replaces_table() {
             outcome.print(source.is_some());
         }
-        let unsettled = outcome
-            .verification
-            .equilibrium
-            .map_or(0, |equilibrium| equilibrium.unsettled);
-        ensure!(
-            unsettled == 0,
-            "{unsettled} players could still gain: this is not an equilibrium"
-        );
-        Ok(())
+        outcome.judge(self.all)
     }
 }
 
@@ -100,17 +99,37 @@ impl Outcome {
             "checksums: {} tensors, all as recorded",
             self.verification.checksums
         );
-        match &self.verification.equilibrium {
-            Some(equilibrium) => say!(
-                "equilibrium: {} players checked against the source, {} could still gain; largest regret {:.2e} of the row's energy",
-                format::count(equilibrium.players),
-                equilibrium.unsettled,
-                equilibrium.max_regret
-            ),
-            None if with_source => {
-                say!("equilibrium: none claimed, the model was rounded by a baseline method")
-            }
-            None => say!("equilibrium: not checked, give the source with --source"),
-        }
+        let Some(equilibrium) = &self.verification.equilibrium else {
+            return if with_source {
+                say!("equilibrium: none claimed, the model was rounded by a baseline method");
+            } else {
+                say!("equilibrium: not checked, give the source with --source");
+            };
+        };
+        say!(
+            "equilibrium: of {} players checked against the source {} could still gain, at most {:.1e} of their row's energy",
+            format::count(equilibrium.players),
+            format::count(equilibrium.unsettled),
+            equilibrium.max_regret
+        );
+        say!(
+            "the report claims: {} could still gain, at most {:.1e}",
+            format::count(self.claimed_unsettled),
+            self.claimed_max_regret
+        );
+    }
+
+    /// An error if the equilibrium is worse than claimed. More rows than the claim was made on may hold more players.
+    fn judge(&self, all: bool) -> anyhow::Result<()> {
+        let Some(equilibrium) = &self.verification.equilibrium else {
+            return Ok(());
+        };
+        // The claim is written with four digits.
+        let allowed = self.claimed_max_regret * (1.0 + 1e-3);
+        ensure!(
+            all || (equilibrium.max_regret <= allowed && equilibrium.unsettled <= self.claimed_unsettled),
+            "the equilibrium is worse than the report claims"
+        );
+        Ok(())
     }
 }

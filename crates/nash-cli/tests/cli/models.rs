@@ -390,12 +390,30 @@ fn what_is_wrong_is_told() {
         let told = failure(&args.iter().map(String::as_str).collect::<Vec<_>>());
         let told = told.replace(dir.path().to_str().unwrap(), "DIR");
         assert!(told.starts_with("status 1\nerror: "), "{name}: {told}");
+        // How small a file can be is the business of the packed format.
+        let told = if *name == "budget_too_small" {
+            without_numbers(&told)
+        } else {
+            told
+        };
         insta::assert_snapshot!(format!("error_{name}"), told);
     }
     assert!(
         !path("out").exists(),
         "a failure leaves nothing that looks finished"
     );
+}
+
+/// The text with every number as `N`.
+fn without_numbers(text: &str) -> String {
+    let is_number = |word: &str| {
+        word.trim_start_matches('(')
+            .starts_with(|c: char| c.is_ascii_digit())
+    };
+    let words = text
+        .split(' ')
+        .map(|word| if is_number(word) { "N" } else { word });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// Copies a model with one tensor exchanged.
