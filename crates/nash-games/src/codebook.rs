@@ -47,11 +47,11 @@ pub fn fit_grid(weights: &[f32], cols: usize, h: &[f32], options: FitOptions) ->
     let mut scales = largest_magnitudes(weights, cols);
     let mut levels = uniform_levels(options.width);
     let identity = options.width.bits() == 8;
-    for _ in 0..options.rounds {
+    for round in 0..options.rounds {
         if options.levels == LevelKind::Codebook && !identity {
             levels = lloyd(&histogram(weights, cols, h, &scales), levels);
         }
-        search_scales(weights, cols, h, &levels, &mut scales);
+        search_scales(weights, cols, h, &levels, factors(&levels, round), &mut scales);
     }
     let (codebook, unit) = integer_codebook(&levels, identity);
     Ok(encode_scales(
@@ -143,15 +143,26 @@ fn lloyd(bins: &[(f64, f64)], mut levels: Vec<f32>) -> Vec<f32> {
     levels
 }
 
+/// Multiples of the current scale to try: a wide search first, then around what was found. Many levels need little clipping.
+fn factors(levels: &[f32], round: usize) -> &'static [f32] {
+    const WIDE: [f32; 8] = [1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 1.08];
+    match (levels.len() > 16, round) {
+        (true, 0) => &WIDE[..3],
+        (false, 0) => &WIDE,
+        _ => &[1.0, 0.97, 1.03],
+    }
+}
+
 /// For every group the scale that minimises `Σ h (w − s·level)²` among multiples of the current one, each refined by least squares.
-fn search_scales(weights: &[f32], cols: usize, h: &[f32], levels: &[f32], scales: &mut [f32]) {
-    const FACTORS: [f32; 9] = [1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 1.06, 1.14];
+fn search_scales(
+    weights: &[f32],
+    cols: usize,
+    h: &[f32],
+    levels: &[f32],
+    factors: &[f32],
+    scales: &mut [f32],
+) {
     let groups = Grid::groups(cols);
-    let factors = if levels.len() > 16 {
-        &FACTORS[..3]
-    } else {
-        &FACTORS[..]
-    };
     weights
         .par_chunks(cols * ROWS_PER_CHUNK)
         .zip(scales.par_chunks_mut(groups * ROWS_PER_CHUNK))

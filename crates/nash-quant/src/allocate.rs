@@ -96,7 +96,10 @@ impl Inventory {
         let name = |name: &str| name.len() as u64;
         let float = |(n, elements): &(String, u64)| 2 * elements + 2 * name(n) + entry + digest;
         let linear = |l: &LinearShape| 6 * name(&l.name) + 30 + 3 * entry + config + row + digest;
-        let (floats, linears): (u64, u64) = (self.floats.iter().map(float).sum(), self.linears.iter().map(linear).sum());
+        let (floats, linears): (u64, u64) = (
+            self.floats.iter().map(float).sum(),
+            self.linears.iter().map(linear).sum(),
+        );
         floats + linears + 4096
     }
 
@@ -114,10 +117,13 @@ impl Inventory {
 /// Loss of every linear at every width, from one measurement and the layer errors.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Curve {
-    /// Mean KL divergence (nats per token) of the model when only this tensor is compressed, at the reference width.
-    pub kl_at_reference: f64,
+    /// Mean KL divergence (nats per token) of the model when only this tensor is compressed, at the reference width. `None` where it
+    /// was not measured.
+    pub kl_at_reference: Option<f64>,
     /// Layer error Φ at each of [`Width::ALL`], on a sample of rows.
     pub potential: Vec<f64>,
+    /// Energy `Σ w H wᵀ` of the same rows.
+    pub energy: f64,
     /// Index of the reference width in [`Width::ALL`].
     pub reference: usize,
 }
@@ -126,11 +132,20 @@ impl Curve {
     /// Predicted loss at the width with index `w`: the measured one scaled by the layer error (second order).
     pub fn loss(&self, w: usize) -> f64 {
         let reference = self.potential[self.reference];
+        let kl = self
+            .kl_at_reference
+            .unwrap_or_else(|| self.relative_error())
+            .max(0.0);
         if reference > 0.0 {
-            self.kl_at_reference.max(0.0) * self.potential[w] / reference
+            kl * self.potential[w] / reference
         } else {
             0.0
         }
+    }
+
+    /// Layer error at the reference width as a share of the energy, at least a tiny positive number.
+    pub(crate) fn relative_error(&self) -> f64 {
+        (self.potential[self.reference] / self.energy.max(f64::MIN_POSITIVE)).max(1e-12)
     }
 }
 
@@ -243,7 +258,11 @@ pub(crate) fn market(
 ///
 /// # Errors
 /// If the budget is below the smallest size.
-pub(crate) fn uniform(inventory: &Inventory, fixed: &[Option<Width>], budget: u64) -> Result<Profile, QuantError> {
+pub(crate) fn uniform(
+    inventory: &Inventory,
+    fixed: &[Option<Width>],
+    budget: u64,
+) -> Result<Profile, QuantError> {
     check_budget(inventory, fixed, budget)?;
     let at = |w: Width| -> Vec<Width> { fixed.iter().map(|f| f.unwrap_or(w)).collect() };
     let fits = |widths: &[Width]| inventory.file_bytes(widths).is_some_and(|b| b <= budget);
@@ -343,7 +362,8 @@ mod tests {
         let inventory = inventory();
         let curves: Vec<Curve> = (0..20)
             .map(|i| Curve {
-                kl_at_reference: if i == 7 { 1.0 } else { 0.01 },
+                kl_at_reference: Some(if i == 7 { 1.0 } else { 0.01 }),
+                energy: 1.0,
                 potential: Width::ALL.iter().map(|w| 0.25f64.powi(w.bits() as i32)).collect(),
                 reference: 1,
             })

@@ -151,10 +151,14 @@ impl Session<'_> {
         }
     }
 
-    /// Loss curves of all linears: layer errors at every width, and the KL divergence at the reference width.
+    /// Loss curves of all linears: layer errors at every width, and the KL divergence at the reference width. In deep models the latter is
+    /// measured in some layers only and interpolated between them.
     pub(crate) fn curves(&mut self) -> Result<Vec<Curve>, QuantError> {
         let linears = self.linears.clone();
-        self.progress.stage("measure", linears.len() as u64);
+        let layers = self.model.config().num_layers();
+        let measured = |l: &LinearInfo| l.layer.is_none_or(|layer| is_measured(layer, layers));
+        self.progress
+            .stage("measure", linears.iter().filter(|l| measured(l)).count() as u64);
         let mut probe = None;
         let mut curves = Vec::with_capacity(linears.len());
         for info in &linears {
@@ -166,15 +170,15 @@ impl Session<'_> {
                     if probe.is_none() {
                         probe = Some(Probe::new(&self.model, &self.probe_windows())?);
                     }
-                    let Some(probe) = &probe else { continue };
-                    let curve = self.curve(info, probe)?;
+                    let curve = self.curve(info, probe.as_ref().filter(|_| measured(info)))?;
                     self.scratch.put(&key, &curve)?;
                     curve
                 }
             };
             curves.push(curve);
-            self.progress.advance(1);
+            self.progress.advance(u64::from(measured(info)));
         }
+        interpolate(&linears, &mut curves);
         Ok(curves)
     }
 
@@ -191,45 +195,50 @@ impl Session<'_> {
             .collect()
     }
 
-    fn curve(&mut self, info: &LinearInfo, probe: &Probe) -> Result<Curve, QuantError> {
+    /// One curve; without a probe the KL divergence is left out.
+    fn curve(&mut self, info: &LinearInfo, probe: Option<&Probe>) -> Result<Curve, QuantError> {
         let n = info.cols;
         let weights = self.weights(info)?;
         let hessian = self.hessian(info)?;
         let stride = info.rows.div_ceil(CURVE_ROWS);
         let sample: Vec<f32> = weights.chunks(n).step_by(stride).flatten().copied().collect();
+        let problem = Problem {
+            weights: &sample,
+            cols: n,
+            hessian: &hessian,
+        };
         let mut potential = Vec::new();
         for width in Width::ALL {
-            let problem = Problem {
-                weights: &sample,
-                cols: n,
-                hessian: &hessian,
-            };
             let rounded = round(&info.name, problem, self.rounding(width, CURVE_SWEEPS))?;
             potential.push(problem.potential(&rounded.grid, &rounded.codes));
         }
+        let energy = problem.energy();
         let reference = Width::ALL
             .iter()
             .position(|w| w.bits() == REFERENCE_BITS)
             .unwrap_or(0);
-        let problem = Problem {
-            weights: &weights,
-            cols: n,
-            hessian: &hessian,
+        let kl_at_reference = match probe {
+            None => None,
+            Some(probe) => {
+                let problem = Problem {
+                    weights: &weights,
+                    cols: n,
+                    hessian: &hessian,
+                };
+                let rounded = round(
+                    &info.name,
+                    problem,
+                    self.rounding(Width::ALL[reference], CURVE_SWEEPS),
+                )?;
+                let values = rounded.grid.dequantize(n, &rounded.codes);
+                let changed = Arc::new(DenseLinear::new(values, info.rows, n));
+                Some(probe.kl_of_change(&mut self.model, &info.name, info.layer, changed)?)
+            }
         };
-        let rounded = round(
-            &info.name,
-            problem,
-            self.rounding(Width::ALL[reference], CURVE_SWEEPS),
-        )?;
-        let changed = Arc::new(DenseLinear::new(
-            rounded.grid.dequantize(n, &rounded.codes),
-            info.rows,
-            n,
-        ));
-        let kl_at_reference = probe.kl_of_change(&mut self.model, &info.name, info.layer, changed)?;
         Ok(Curve {
             kl_at_reference,
             potential,
+            energy,
             reference,
         })
     }
@@ -263,6 +272,46 @@ impl Session<'_> {
         };
         self.scratch.put_bytes(&key, &stored::encode(&solved)?)?;
         Ok(solved)
+    }
+}
+
+/// Whether the effect of tensors in this layer is measured: all layers of shallow models; in deep ones the first three and the last two,
+/// which differ most, and every third between.
+fn is_measured(layer: usize, layers: usize) -> bool {
+    layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(3)
+}
+
+/// Fills in the KL divergences that were not measured: KL per relative layer error, interpolated geometrically between the nearest measured
+/// layers of the same kind of tensor, times the tensor's own relative layer error.
+fn interpolate(linears: &[LinearInfo], curves: &mut [Curve]) {
+    let kind = |l: &LinearInfo| {
+        let after_layers = l.name.splitn(4, '.').nth(3).unwrap_or(&l.name);
+        after_layers.to_string()
+    };
+    let known: Vec<(String, usize, f64)> = linears
+        .iter()
+        .zip(&*curves)
+        .filter_map(|(l, c)| {
+            Some((
+                kind(l),
+                l.layer?,
+                (c.kl_at_reference?.max(1e-9) / c.relative_error()).ln(),
+            ))
+        })
+        .collect();
+    for (l, curve) in linears.iter().zip(curves) {
+        let (None, Some(layer)) = (curve.kl_at_reference, l.layer) else {
+            continue;
+        };
+        let same = || known.iter().filter(|k| k.0 == kind(l));
+        let below = same().filter(|k| k.1 < layer).max_by_key(|k| k.1);
+        let above = same().filter(|k| k.1 > layer).min_by_key(|k| k.1);
+        let log_rate = match (below, above) {
+            (Some(b), Some(a)) => b.2 + (a.2 - b.2) * (layer - b.1) as f64 / (a.1 - b.1) as f64,
+            (Some(k), None) | (None, Some(k)) => k.2,
+            (None, None) => continue,
+        };
+        curve.kl_at_reference = Some(log_rate.exp() * curve.relative_error());
     }
 }
 
