@@ -22,7 +22,6 @@ mod isa;
 mod layout;
 mod matmul;
 pub mod pool;
-mod transpose;
 
 pub use activations::Activations;
 pub use codec::{Unpacked, dequantize_row, pack, unpack};

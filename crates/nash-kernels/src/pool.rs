@@ -1,7 +1,7 @@
 //! The threads that share one computation at a time.
 //!
 //! Decoding a token is some two hundred matrix products of a few dozen microseconds each, one after the
-//! other. So a worker that has run out of work looks for the next job for [`SPIN`] before it sleeps, and
+//! other. So a worker that has run out of work looks for the next job for 50 µs before it sleeps, and
 //! the caller works too: a job whose helpers are late, or not scheduled at all, is finished by its caller
 //! alone. Nothing spins while the program does something else.
 //!

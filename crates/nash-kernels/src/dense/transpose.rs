@@ -1,6 +1,9 @@
 //! Transposition of f32 matrices into a buffer, 8 × 8 in registers where AVX is there.
 
-#![expect(unsafe_code, reason = "a kernel of an instruction set")]
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "a kernel of an instruction set")
+)]
 
 /// Side of the squares.
 const SIDE: usize = 8;
@@ -10,7 +13,7 @@ const SIDE: usize = 8;
 ///
 /// # Panics
 /// If a row is not inside `data`.
-pub(crate) fn transpose(data: &[f32], stride: usize, (rows, cols): (usize, usize), out: &mut Vec<f32>) {
+pub(super) fn transpose(data: &[f32], stride: usize, (rows, cols): (usize, usize), out: &mut Vec<f32>) {
     // Every element is written below.
     out.resize(rows * cols, 0.0);
     let square = square_for_cpu();

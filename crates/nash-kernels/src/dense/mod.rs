@@ -1,0 +1,175 @@
+//! Dense f32 matrix products over the `gemm` crate: safe, checked, and with results that do not depend on
+//! the number of threads.
+//!
+//! A product is cut into blocks whose size follows from the shapes alone; each block is one call of `gemm`
+//! without threads of its own, so its summation order is fixed on a given CPU. Different CPUs may sum in
+//! different orders.
+//!
+//! Shapes: `T` tokens, `m` rows of a weight (outputs), `n` columns (inputs); row-major.
+
+#![expect(unsafe_code, reason = "outputs are shared out to threads by blocks")]
+
+mod matrix;
+mod out;
+#[cfg(test)]
+mod tests;
+mod transpose;
+
+use std::ops::Range;
+
+pub use matrix::{MatMut, MatRef};
+use out::Out;
+
+use crate::pool::{self, Pool};
+
+/// `c [m, n] = beta · c + alpha · a [m, k] · b [k, n]`. With `beta = 0`, `c` is not read (it may hold NaN).
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn gemm(alpha: f32, a: MatRef<'_>, b: MatRef<'_>, beta: f32, c: MatMut<'_>) {
+    gemm_on(pool::global(), (alpha, a, b), (beta, c));
+}
+
+fn gemm_on(pool: &Pool, (alpha, a, b): (f32, MatRef<'_>, MatRef<'_>), (beta, c): (f32, MatMut<'_>)) {
+    assert_eq!(
+        (c.rows, c.cols, a.cols),
+        (a.rows, b.cols, b.rows),
+        "shapes [m, n], k of a matrix product"
+    );
+    let (row_block, col_block) = block_sizes(c.rows, c.cols, a.cols);
+    let (row_blocks, col_blocks) = (c.rows.div_ceil(row_block), c.cols.div_ceil(col_block));
+    let out = Out::new(c);
+    pool.run(row_blocks * col_blocks, &|block| {
+        let rows = nth_range(block % row_blocks, row_block, out.rows);
+        let cols = nth_range(block / row_blocks, col_block, out.cols);
+        let (a, b) = (a.rows_range(rows.clone()), b.cols_range(cols.clone()));
+        // SAFETY: the ranges are inside `c`, and no other block shares an element.
+        unsafe { out.product((alpha, a, b), beta, (rows, cols)) }
+    });
+}
+
+/// `y [T, m] = x [T, n] · w [m, n]ᵀ`: `y[t, r] = Σ_c x[t, c] · w[r, c]`.
+///
+/// # Panics
+/// If a slice has another length than its shape.
+pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], tokens: usize, rows: usize, cols: usize) {
+    let (x, w) = (
+        MatRef::row_major(x, tokens, cols),
+        MatRef::row_major(w, rows, cols),
+    );
+    if tokens == 1 {
+        assert_eq!(y.len(), rows, "outputs [1, {rows}]");
+        let per_task = (ROW_PRODUCTS / cols.max(1)).max(1);
+        pool::for_each_chunk(y, per_task, |task, y| {
+            for (r, y) in y.iter_mut().enumerate() {
+                *y = dot(x.data, &w.data[(task * per_task + r) * cols..][..cols]);
+            }
+        });
+    } else {
+        gemm(1.0, x, w.t(), 0.0, MatMut::row_major(y, tokens, rows));
+    }
+}
+
+/// Multiplications in one task of a matrix-vector product.
+const ROW_PRODUCTS: usize = 16 << 10;
+
+/// `h [n, n] += xᵀ · x` for `x [tokens, n]`. `h` must be symmetric and stays so: only blocks on and above the
+/// diagonal are computed, the others are their mirror images.
+///
+/// # Panics
+/// If a slice has another length than its shape.
+pub fn gram_accumulate(x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
+    gram_on(
+        pool::global(),
+        MatRef::row_major(x, tokens, n),
+        MatMut::row_major(h, n, n),
+    );
+}
+
+fn gram_on(pool: &Pool, x: MatRef<'_>, h: MatMut<'_>) {
+    let n = x.cols;
+    let size = (n / 8).next_multiple_of(64).clamp(128, 512);
+    let blocks = n.div_ceil(size);
+    let pairs: Vec<_> = (0..blocks)
+        .flat_map(|i| (i..blocks).map(move |j| (i, j)))
+        .collect();
+    let out = Out::new(h);
+    pool.run(pairs.len(), &|pair| {
+        let (i, j) = (
+            nth_range(pairs[pair].0, size, n),
+            nth_range(pairs[pair].1, size, n),
+        );
+        let (a, b) = (x.cols_range(i.clone()).t(), x.cols_range(j.clone()));
+        // SAFETY: the ranges are inside `h`. A pair touches the blocks (i, j) and (j, i), and no other pair does.
+        unsafe {
+            out.product((1.0, a, b), 1.0, (i.clone(), j.clone()));
+            out.mirror(i, j);
+        }
+    });
+}
+
+/// `Σ a[i] · b[i]`, in 64 partial sums that are added pairwise; the same bits on every CPU.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len(), "vectors of a dot product");
+    #[cfg(target_arch = "x86_64")]
+    {
+        // The same body, compiled again with wider registers.
+        #[target_feature(enable = "avx2")]
+        fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+            dot_body(a, b)
+        }
+        if crate::Isa::Avx2.is_available() {
+            // SAFETY: this CPU has AVX2.
+            return unsafe { dot_avx2(a, b) };
+        }
+    }
+    dot_body(a, b)
+}
+
+#[inline(always)]
+fn dot_body(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 64;
+    let mut sums = [0.0; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    for (sum, (a, b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *sum += a * b;
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
+/// Rows and columns of the blocks that a product `[m, k] · [k, n]` is cut into; from the shapes alone. Rows are cut
+/// only where columns do not give enough tasks: a block of `b` is rearranged for each of its tasks.
+fn block_sizes(m: usize, n: usize, k: usize) -> (usize, usize) {
+    /// Multiplications that are worth a task.
+    const TASK: usize = 1 << 18;
+    if m.saturating_mul(n).saturating_mul(k) < 2 * TASK {
+        return (m.max(1), n.max(1));
+    }
+    let cols = (n / 8).next_multiple_of(32).clamp(96, 384);
+    let rows = if n / cols >= 4 {
+        4096
+    } else {
+        (m / 8).next_multiple_of(32).clamp(96, 384)
+    };
+    (rows.min(m), cols)
+}
+
+/// The `index`-th piece of `size` elements of `0..end`.
+fn nth_range(index: usize, size: usize, end: usize) -> Range<usize> {
+    index * size..end.min((index + 1) * size)
+}
