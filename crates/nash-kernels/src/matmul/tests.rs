@@ -185,7 +185,7 @@ proptest! {
 fn extreme_values_are_exact() {
     let cols = 256;
     for width in Width::ALL {
-        for (code, entry) in [(0, -127i8), (width.levels() as u8 - 1, 127)] {
+        for (code, entry) in [(0, -127i8), ((width.levels() - 1) as u8, 127)] {
             let shape = PackedShape { rows: 4, cols, width };
             let unpacked = Unpacked {
                 codes: vec![if width.bits() == 8 && entry < 0 { 0 } else { code }; 4 * cols],
