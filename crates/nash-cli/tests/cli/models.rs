@@ -410,10 +410,13 @@ fn without_numbers(text: &str) -> String {
         word.trim_start_matches('(')
             .starts_with(|c: char| c.is_ascii_digit())
     };
-    let words = text
-        .split(' ')
-        .map(|word| if is_number(word) { "N" } else { word });
-    words.collect::<Vec<_>>().join(" ")
+    let line = |line: &str| {
+        let words = line
+            .split(' ')
+            .map(|word| if is_number(word) { "N" } else { word });
+        words.collect::<Vec<_>>().join(" ") + "\n"
+    };
+    text.lines().map(line).collect()
 }
 
 /// Copies a model with one tensor exchanged.
