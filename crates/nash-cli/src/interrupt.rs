@@ -1,4 +1,5 @@
-//! Ctrl-C: the first press asks for an orderly stop, the second one ends the process.
+//! Ctrl-C: the first press asks for an orderly stop, the second one ends the process; while the program waits for input, so
+//! does the first.
 //!
 //! Files are written under temporary names and renamed when complete, so even the second leaves nothing half-written
 //! that looks finished.
@@ -6,6 +7,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static STOP: AtomicBool = AtomicBool::new(false);
+/// Nothing is being worked on: the program waits for the user.
+static IDLE: AtomicBool = AtomicBool::new(false);
 
 /// Exit status after an interrupt, 128 + SIGINT as shells have it.
 pub(crate) const EXIT_STATUS: u8 = 130;
@@ -25,11 +28,19 @@ impl std::error::Error for Stopped {}
 /// Installs the handler.
 pub(crate) fn install() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::SeqCst) {
+        if STOP.swap(true, Ordering::SeqCst) || IDLE.load(Ordering::SeqCst) {
             std::process::exit(i32::from(EXIT_STATUS));
         }
     })?;
     Ok(())
+}
+
+/// Waits for the user: reads input, during which a request to stop ends the process at once.
+pub(crate) fn wait<T>(read: impl FnOnce() -> T) -> T {
+    IDLE.store(true, Ordering::SeqCst);
+    let result = read();
+    IDLE.store(false, Ordering::SeqCst);
+    result
 }
 
 /// Whether a stop was asked for.

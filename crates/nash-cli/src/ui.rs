@@ -50,6 +50,11 @@ impl Ui {
         }
     }
 
+    /// Whether nothing but results is wanted.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// A line for the reader.
     pub(crate) fn note(&self, text: &str) {
         if self.quiet {

@@ -50,7 +50,7 @@ impl Bench {
         };
         let rows = match threads[..] {
             [threads] => vec![self.measure(threads, ui)?],
-            _ => self.measure_apart(&threads)?,
+            _ => self.measure_apart(&threads, ui)?,
         };
         let report = Report { rows };
         self.json.write(&report)?;
@@ -101,7 +101,7 @@ impl Bench {
     }
 
     /// Measures each number of threads in a process of its own: the threads of a process are as many from start to end.
-    fn measure_apart(&self, threads: &[u16]) -> anyhow::Result<Vec<Row>> {
+    fn measure_apart(&self, threads: &[u16], ui: &Ui) -> anyhow::Result<Vec<Row>> {
         let program = std::env::current_exe().context("cannot find this program to run it again")?;
         let mut rows = Vec::new();
         for count in threads {
@@ -112,6 +112,7 @@ impl Bench {
                 .args(["--json", "-", "-t", &count.to_string()])
                 .args(["-p", &self.n_prompt.to_string(), "-n", &self.n_gen.to_string()])
                 .args(["-r", &self.repetitions.to_string()])
+                .args(ui.is_quiet().then_some("--quiet"))
                 .stderr(Stdio::inherit())
                 .output()?;
             interrupt::check()?;

@@ -188,7 +188,7 @@ impl Input {
 
     fn read_line(&mut self, prompt: &str) -> anyhow::Result<Option<String>> {
         match self {
-            Self::Terminal { editor, .. } => match editor.readline(prompt) {
+            Self::Terminal { editor, .. } => match interrupt::wait(|| editor.readline(prompt)) {
                 Ok(line) => Ok(Some(line)),
                 Err(ReadlineError::Interrupted) => Ok(Some(String::new())),
                 Err(ReadlineError::Eof) => Ok(None),
@@ -196,7 +196,7 @@ impl Input {
             },
             Self::Pipe(stdin) => {
                 let mut line = String::new();
-                if stdin.read_line(&mut line)? == 0 {
+                if interrupt::wait(|| stdin.read_line(&mut line))? == 0 {
                     return Ok(None);
                 }
                 Ok(Some(line.trim_end_matches(['\n', '\r']).to_owned()))

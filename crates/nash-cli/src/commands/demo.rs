@@ -157,8 +157,8 @@ impl Demo {
         if self.quick {
             Effort {
                 calibration_tokens: 4096,
-                probe_tokens: 48,
-                max_sweeps: 4,
+                probe_tokens: 32,
+                max_sweeps: 3,
                 chunks: 3,
                 answer_tokens: 40,
                 speed,

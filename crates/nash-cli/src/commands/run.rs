@@ -73,8 +73,7 @@ impl Run {
         }
         if !std::io::stdin().is_terminal() {
             let mut piped = String::new();
-            std::io::stdin()
-                .read_to_string(&mut piped)
+            interrupt::wait(|| std::io::stdin().read_to_string(&mut piped))
                 .context("cannot read standard input as text")?;
             parts.push(piped);
         }

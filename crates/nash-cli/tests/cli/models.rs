@@ -142,6 +142,74 @@ fn a_dry_run_writes_nothing() {
 }
 
 #[test]
+fn a_budget_from_the_free_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = tiny_model(dir.path(), 11);
+    let plan = json(&["compress", arg(&source), "--dry-run", "--fit-ram"]);
+    assert!(
+        (7.9..=8.5).contains(&number(&plan, "file_bits_per_weight")),
+        "a tiny model fits at any width"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_compression_leaves_nothing_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out, whole) = (
+        tiny_model(dir.path(), 12),
+        dir.path().join("out"),
+        dir.path().join("whole"),
+    );
+    let command = [
+        "compress",
+        arg(&source),
+        "-o",
+        arg(&out),
+        "--bpw",
+        "6",
+        "--calibration-tokens",
+        "60000",
+    ];
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_nashswarm"))
+        .args(command)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    while !dir.path().join("out.work").exists() {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it could be interrupted"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let kill = std::process::Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!out.exists(), "nothing that looks finished");
+
+    stdout(&command.iter().copied().chain(["--resume"]).collect::<Vec<_>>());
+    stdout(&[
+        "compress",
+        arg(&source),
+        "-o",
+        arg(&whole),
+        "--bpw",
+        "6",
+        "--calibration-tokens",
+        "60000",
+    ]);
+    let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    assert!(
+        weights(&out) == weights(&whole),
+        "interrupted or not, the same bytes"
+    );
+}
+
+#[test]
 fn the_model_can_write_its_calibration_text() {
     let dir = tempfile::tempdir().unwrap();
     let (source, out) = (tiny_model(dir.path(), 5), dir.path().join("o"));
