@@ -196,6 +196,8 @@ struct Chunk<'a> {
     residual: Vec<f32>,
     /// Change of Δ in the current block, `[rows, 64]`.
     change: Vec<f32>,
+    /// Room for products of some of the rows, `[rows, n]`.
+    product: Vec<f32>,
 }
 
 impl<'a> Chunk<'a> {
@@ -217,6 +219,7 @@ impl<'a> Chunk<'a> {
             delta: zeros(),
             residual: zeros(),
             change: vec![0.0; rows * GROUP],
+            product: zeros(),
         }
     }
 
@@ -281,7 +284,7 @@ impl<'a> Chunk<'a> {
             block.load(self.hessian, n, start);
             let len = block.len;
             self.change.fill(0.0);
-            let mut moved = false;
+            let mut moved = vec![false; rows];
             for r in 0..rows {
                 if !active[r] {
                     continue;
@@ -299,10 +302,10 @@ impl<'a> Chunk<'a> {
                 let count =
                     pulp::Arch::new().dispatch(|| seat.respond(&block, residual, self.levels, move_scales));
                 moves[r] += count;
-                moved |= count > 0;
+                moved[r] = count > 0;
             }
-            if moved {
-                self.propagate(start, len);
+            if moved.contains(&true) {
+                self.propagate(start, len, &moved);
             }
         }
         for (a, &m) in active.iter_mut().zip(&moves) {
@@ -311,18 +314,36 @@ impl<'a> Chunk<'a> {
         moves.iter().sum()
     }
 
-    /// `R += change · H[block, :]`.
-    fn propagate(&mut self, start: usize, len: usize) {
-        let (n, rows) = (self.n, self.row_steps.len());
-        let change = MatRef::row_major(&self.change, rows, GROUP).cols_range(0..len);
+    /// `R += change · H[block, :]` for the rows that moved in this block.
+    fn propagate(&mut self, start: usize, len: usize, moved: &[bool]) {
+        let n = self.n;
         let h = MatRef::row_major(&self.hessian[start * n..(start + len) * n], len, n);
-        gemm(
-            1.0,
-            change,
-            h,
-            1.0,
-            MatMut::row_major(&mut self.residual, rows, n),
-        );
+        let rows: Vec<usize> = (0..moved.len()).filter(|&r| moved[r]).collect();
+        if rows.len() == moved.len() {
+            let change = MatRef::row_major(&self.change, rows.len(), GROUP).cols_range(0..len);
+            return gemm(
+                1.0,
+                change,
+                h,
+                1.0,
+                MatMut::row_major(&mut self.residual, rows.len(), n),
+            );
+        }
+        // Late sweeps move few rows: only those are multiplied.
+        for (to, &from) in rows.iter().enumerate() {
+            self.change
+                .copy_within(from * GROUP..(from + 1) * GROUP, to * GROUP);
+        }
+        let change =
+            MatRef::row_major(&self.change[..rows.len() * GROUP], rows.len(), GROUP).cols_range(0..len);
+        let product = &mut self.product[..rows.len() * n];
+        gemm(1.0, change, h, 0.0, MatMut::row_major(product, rows.len(), n));
+        for (&r, product) in rows.iter().zip(product.chunks(n)) {
+            self.residual[r * n..][..n]
+                .iter_mut()
+                .zip(product)
+                .for_each(|(r, p)| *r += p);
+        }
     }
 }
 

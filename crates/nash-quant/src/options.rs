@@ -94,7 +94,7 @@ impl Default for CompressOptions {
             seed: 0,
             calibration: Calibration::default(),
             damping: 0.1,
-            max_sweeps: 16,
+            max_sweeps: 64,
             probe_tokens: 128,
             resume: false,
             force: false,
