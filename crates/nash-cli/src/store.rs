@@ -40,7 +40,7 @@ impl Store {
         let text = serde_json::to_vec_pretty(&models)?;
         std::fs::create_dir_all(&self.dir)
             .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(nash_core::atomic::write(&self.list(), &text)?))
+            .and_then(|()| Ok(nash_core::atomic::write(self.list(), &text)?))
             .with_context(|| format!("cannot note the model in {}", self.list().display()))
     }
 

@@ -4,8 +4,8 @@
 //! compressed and tests can use a table of logits in place of a model.
 //!
 //! - [`Windows`]: the text windows and positions that `llama-perplexity` scores.
-//! - [`perplexity`], [`compare`]: one pass over the windows, logits in row blocks, sums in `f64`.
-//! - [`speed`], [`read_bandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
+//! - [`perplexity`], [`compare()`]: one pass over the windows, logits in row blocks, sums in `f64`.
+//! - [`speed()`], [`read_bandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
 //! - [`report`]: the serialisable results; their field names are stable, scripts rely on them.
 //!
 //! Shapes: T tokens of a window, d hidden width, V vocabulary; hidden states `[T, d]`, logits `[T, V]`, row-major.

@@ -20,8 +20,11 @@ use crate::{format, interrupt};
   nashswarm pull owner/name:model-f16.gguf             one GGUF file of it
   nashswarm pull owner/name@v1.0                       a revision")]
 pub(crate) struct Pull {
-    /// Name of a known model, or OWNER/NAME[@REVISION][:FILE.gguf] on the hub
-    #[arg(value_name = "REF")]
+    // Not a doc comment: the brackets would be a link.
+    #[arg(
+        value_name = "REF",
+        help = "Name of a known model, or OWNER/NAME[@REVISION][:FILE.gguf] on the hub"
+    )]
     reference: String,
 }
 

@@ -1,6 +1,8 @@
 //! The command as a user meets it. Snapshots are updated with `INSTA_UPDATE=always cargo test -p nash-cli`, to be read before
 //! they are committed.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 mod models;
 mod usage;

@@ -1,8 +1,8 @@
 //! `compress`: makes a packed model.
 
-use std::collections::BTreeMap;
+mod summary;
+
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{ArgGroup, Args, ValueEnum, value_parser};
@@ -18,7 +18,6 @@ use crate::commands::plan::plan_table;
 use crate::model::Loaded;
 use crate::out::say;
 use crate::sizes::size_report;
-use crate::table::table;
 use crate::ui::Ui;
 use crate::{format, model};
 
@@ -116,7 +115,7 @@ impl Compress {
         let row = row(&out, &report)?;
         self.json.write(&Report { rows: vec![row] })?;
         if !self.json.replaces_table() {
-            print(&out, &report)?;
+            summary::print(&out, &report);
         }
         Ok(())
     }
@@ -205,62 +204,6 @@ pub(crate) fn row(out: &Path, report: &nash_quant::Report) -> anyhow::Result<Row
         peak_memory_bytes: memory::peak_bytes(),
         ..Row::default()
     })
-}
-
-fn print(out: &Path, report: &nash_quant::Report) -> anyhow::Result<()> {
-    let texts = tokenizer_bytes(out);
-    say!(
-        "{}: {} ({:.3} bits per weight over the whole file, {:.3} over the weight matrices); tokenizer texts apart: {}",
-        out.display(),
-        format::bytes(report.file_bytes),
-        report.file_bits_per_weight,
-        report.linear_bits_per_weight,
-        format::bytes(texts)
-    );
-    let seconds = Duration::from_secs_f64(report.compress_seconds.unwrap_or_default());
-    say!(
-        "took {}, {} of memory at most; {} bytes of the budget unspent",
-        format::duration(seconds),
-        memory::peak_bytes().map_or("an unknown amount".into(), format::bytes),
-        format::count(report.unspent_bytes)
-    );
-    if report.method == Method::Nash {
-        say!(
-            "equilibrium: {} of the certified players could still gain, at most {:.1e} of their row's energy",
-            format::count(report.unsettled),
-            report.max_regret
-        );
-    }
-    let mut widths = BTreeMap::<usize, u64>::new();
-    report
-        .rows
-        .iter()
-        .for_each(|row| *widths.entry(row.bits).or_default() += 1);
-    let mut table = table(&["width", "tensors", "mean layer error"]);
-    for (bits, count) in widths {
-        let errors = report
-            .rows
-            .iter()
-            .filter(|row| row.bits == bits)
-            .map(|row| row.error);
-        let mean = errors.sum::<f64>() / count as f64;
-        table.add_row([format!("{bits}-bit"), count.to_string(), format!("{mean:.5}")]);
-    }
-    say!("{table}");
-    Ok(())
-}
-
-/// Bytes of the tokenizer's files in a folder.
-fn tokenizer_bytes(dir: &Path) -> u64 {
-    [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-    ]
-    .iter()
-    .filter_map(|name| std::fs::metadata(dir.join(name)).ok())
-    .map(|data| data.len())
-    .sum()
 }
 
 fn bits(text: &str) -> Result<f64, String> {

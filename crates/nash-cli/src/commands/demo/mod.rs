@@ -1,20 +1,22 @@
 //! `demo`: the whole road on a small real model.
 
+mod pack;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
 use nash_eval::report::Row;
-use nash_eval::{Decoder, ModelScorer, SpeedOptions, memory, speed};
+use nash_eval::{Decoder, ModelScorer, memory, speed};
 use nash_fetch::CATALOG;
 use nash_models::SamplingParams;
-use nash_quant::{Budget, Calibration, CompressOptions, Method};
+use nash_quant::Method;
 use nash_text::{Message, RenderOptions};
 
 use crate::args::{Json, Threads};
 use crate::calibration::{Source, calibration};
-use crate::commands::{compress, eval, pull};
+use crate::commands::{eval, pull};
 use crate::generate::{Limits, Session};
 use crate::model::{self, Loaded};
 use crate::out::say;
@@ -22,12 +24,10 @@ use crate::store::Store;
 use crate::table::demo_table;
 use crate::ui::{Ui, Unit};
 use crate::{format, interrupt, texts};
+use pack::{BUDGETS, Effort, compress_all, folder};
 
 /// Name of the model in the catalogue.
 const MODEL: &str = "smollm2";
-
-/// Budgets in bits per weight of the whole file.
-const BUDGETS: [f64; 2] = [4.25, 3.0];
 
 /// Compress a small real model, check it, measure it and let it answer: the whole road in one command
 ///
@@ -66,16 +66,6 @@ pub(crate) struct Demo {
     json: Json,
 }
 
-/// How much of everything.
-struct Effort {
-    calibration_tokens: usize,
-    probe_tokens: usize,
-    max_sweeps: usize,
-    chunks: usize,
-    answer_tokens: usize,
-    speed: SpeedOptions,
-}
-
 #[derive(serde::Serialize)]
 struct Outcome {
     source: String,
@@ -92,18 +82,11 @@ struct Answered {
     answer: Option<String>,
 }
 
-/// A packed model on disk.
-struct Packed {
-    title: String,
-    dir: PathBuf,
-    report: nash_quant::Report,
-}
-
 impl Demo {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
         let start = Instant::now();
-        let effort = self.effort();
+        let effort = Effort::new(self.quick);
         let source = model::load(&self.source(ui)?, ui)?;
         let text = self.text.as_deref().map(model::read_text).transpose()?;
         let text = text.as_deref().unwrap_or(texts::EVALUATION);
@@ -146,33 +129,6 @@ impl Demo {
             self.print(&outcome, &dir);
         }
         Ok(())
-    }
-
-    fn effort(&self) -> Effort {
-        let speed = SpeedOptions {
-            prompt_tokens: 128,
-            generate_tokens: 32,
-            repeats: if self.quick { 1 } else { 3 },
-        };
-        if self.quick {
-            Effort {
-                calibration_tokens: 4096,
-                probe_tokens: 32,
-                max_sweeps: 3,
-                chunks: 3,
-                answer_tokens: 40,
-                speed,
-            }
-        } else {
-            Effort {
-                calibration_tokens: 16384,
-                probe_tokens: CompressOptions::default().probe_tokens,
-                max_sweeps: CompressOptions::default().max_sweeps,
-                chunks: 16,
-                answer_tokens: 80,
-                speed,
-            }
-        }
     }
 
     /// The model to start from: the one named, or SmolLM2, fetched where it can be had.
@@ -254,62 +210,6 @@ impl Demo {
         );
         say!("Talk to it: nashswarm chat {}", best.display());
     }
-}
-
-/// Compresses at every budget with the games, and to the same bytes by uniform rounding to nearest.
-fn compress_all(
-    source: &Loaded,
-    dir: &Path,
-    calibration: &Calibration,
-    effort: &Effort,
-    ui: &Ui,
-) -> anyhow::Result<Vec<Packed>> {
-    let mut packed = Vec::new();
-    for bits in BUDGETS {
-        let mut budget = Budget::BitsPerWeight(bits);
-        for (method, name) in [
-            (Method::Nash, "Nash-Swarm"),
-            (Method::RoundToNearest, "round to nearest"),
-        ] {
-            let options = CompressOptions {
-                budget,
-                method,
-                calibration: calibration.clone(),
-                probe_tokens: effort.probe_tokens,
-                max_sweeps: effort.max_sweeps,
-                // The folders of the demo are its own, and what one budget measured serves the next.
-                force: true,
-                work_dir: Some(dir.join(format!("work-{}", label(method)))),
-                ..CompressOptions::default()
-            };
-            let out = dir.join(folder(method, bits));
-            ui.note(&format!("{name}, {bits:.2} bits per weight"));
-            let report = compress::compress(source, &out, &options, ui)?;
-            budget = Budget::Bytes(report.file_bytes);
-            packed.push(Packed {
-                title: format!("{name} {bits:.2}"),
-                dir: out,
-                report,
-            });
-        }
-    }
-    for method in [Method::Nash, Method::RoundToNearest] {
-        let work = dir.join(format!("work-{}", label(method)));
-        std::fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
-    }
-    Ok(packed)
-}
-
-fn label(method: Method) -> &'static str {
-    match method {
-        Method::Nash => "nash",
-        Method::RoundToNearest => "rtn",
-        Method::Gptq => "gptq",
-    }
-}
-
-fn folder(method: Method, bits: f64) -> String {
-    format!("{}-{bits:.2}", label(method))
 }
 
 /// Adds a short speed measurement.
