@@ -41,11 +41,11 @@ fn fitted(problem: Problem<'_>, bits: u8) -> Grid {
     let n = problem.cols;
     let h: Vec<f32> = (0..n).map(|i| problem.hessian[i * n + i]).collect();
     let options = FitOptions {
-        width: Width::new(bits).unwrap(),
+        width: Width::new(bits).expect("a width"),
         levels: LevelKind::Codebook,
         rounds: 2,
     };
-    fit_grid(problem.weights, n, &h, options).unwrap()
+    fit_grid(problem.weights, n, &h, options).expect("matching lengths")
 }
 
 proptest! {

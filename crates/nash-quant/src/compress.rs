@@ -17,7 +17,7 @@ use crate::progress::Progress;
 use crate::report::{Report, TensorRow, four_digits};
 use crate::scratch::Scratch;
 use crate::session::{Session, Solved};
-use crate::write;
+use crate::write::{self, SaveTokenizer};
 
 /// Tokens below which a calibration is refused.
 const LEAST_TOKENS: usize = 64;
@@ -32,7 +32,7 @@ const LEAST_TOKENS: usize = 64;
 /// call with [`CompressOptions::resume`] continues.
 pub fn compress(
     source: &ModelFile,
-    save_tokenizer: &dyn Fn(&Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
+    save_tokenizer: &SaveTokenizer<'_>,
     out: &Path,
     options: &CompressOptions,
     progress: &dyn Progress,
@@ -78,7 +78,11 @@ pub fn compress(
             profiles.pop();
         }
     }
-    let (profile, solved, candidates) = select(&session, source, profiles, &held_back)?;
+    let Choice {
+        profile,
+        solved,
+        candidates,
+    } = select(&session, source, profiles, &held_back)?;
     let rows = rows(&session.linears, &profile, &solved);
     let report = Report {
         created_by: concat!("nashswarm ", env!("CARGO_PKG_VERSION")).into(),
@@ -188,13 +192,20 @@ fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<S
     Scratch::open(dir, &fingerprint)
 }
 
+/// The allocation that won, and what was measured of each.
+struct Choice {
+    profile: Profile,
+    solved: Vec<Solved>,
+    candidates: Vec<(String, f64)>,
+}
+
 /// Solves every candidate allocation and keeps the one with the lowest measured KL divergence on held-back text; ties go to the first.
 fn select(
     session: &Session<'_>,
     source: &ModelFile,
     profiles: Vec<Profile>,
     held_back: &[Vec<u32>],
-) -> Result<(Profile, Vec<Solved>, Vec<(String, f64)>), QuantError> {
+) -> Result<Choice, QuantError> {
     let contest = !held_back.is_empty() && session.options.method == Method::Nash;
     let probe = if contest {
         Some(Probe::new(&session.model, held_back)?)
@@ -231,7 +242,11 @@ fn select(
             "there is no allocation to choose from".into(),
         ));
     };
-    Ok((profile, solved, measured))
+    Ok(Choice {
+        profile,
+        solved,
+        candidates: measured,
+    })
 }
 
 fn rows(linears: &[LinearInfo], profile: &Profile, solved: &[Solved]) -> Vec<TensorRow> {

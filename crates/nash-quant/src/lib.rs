@@ -34,3 +34,4 @@ pub use plan::{Plan, plan};
 pub use progress::Progress;
 pub use report::{Report, TensorRow};
 pub use verify::{Verification, VerifyOptions, verify};
+pub use write::SaveTokenizer;

@@ -85,7 +85,7 @@ impl Scratch {
     /// # Errors
     /// If it cannot be written.
     pub fn put_bytes(&self, key: &str, bytes: &[u8]) -> Result<(), QuantError> {
-        Ok(atomic::write(&self.path(key), bytes)?)
+        Ok(atomic::write(self.path(key), bytes)?)
     }
 
     /// Reads a JSON entry; one that does not parse counts as missing.

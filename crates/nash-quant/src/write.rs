@@ -15,12 +15,15 @@ use crate::session::{Session, Solved};
 /// Tokens of the calibration windows, an array of arrays: what `verify` needs to rebuild the Hessians.
 pub(crate) const CALIBRATION_FILE: &str = "calibration.json";
 
+/// Writes the tokenizer's text files into a folder.
+pub type SaveTokenizer<'a> = dyn Fn(&Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>> + 'a;
+
 /// Writes everything and returns the report with the sizes that were measured on disk.
 pub(crate) fn write(
     session: &Session<'_>,
     solved: &[Solved],
     report: Report,
-    save_tokenizer: &dyn Fn(&Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
+    save_tokenizer: &SaveTokenizer<'_>,
     out: &Path,
 ) -> Result<Report, QuantError> {
     let floats = floats(session)?;
