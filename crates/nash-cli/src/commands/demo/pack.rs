@@ -33,9 +33,9 @@ impl Effort {
         };
         if quick {
             Self {
-                calibration_tokens: 4096,
-                probe_tokens: 32,
-                max_sweeps: 3,
+                calibration_tokens: 3072,
+                probe_tokens: 48,
+                max_sweeps: 4,
                 chunks: 3,
                 answer_tokens: 40,
                 speed,
