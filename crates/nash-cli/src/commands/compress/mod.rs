@@ -54,7 +54,7 @@ pub(crate) struct Compress {
     #[arg(long, value_name = "FILE|book|self", default_value = "book", value_parser = value_parser!(Source))]
     calibration: Source,
     /// Tokens to calibrate on
-    #[arg(long, value_name = "N", default_value_t = 32768)]
+    #[arg(long, value_name = "N", default_value_t = 16384)]
     calibration_tokens: usize,
     /// Fix the width of tensors: PATTERN may have `*`, WIDTH is 2, 3, 4, 5, 6 or 8; the first match counts
     #[arg(long, value_name = "PATTERN=WIDTH", value_parser = tensor_type)]

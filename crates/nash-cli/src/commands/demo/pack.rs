@@ -42,7 +42,7 @@ impl Effort {
             }
         } else {
             Self {
-                calibration_tokens: 16384,
+                calibration_tokens: 8192,
                 probe_tokens: CompressOptions::default().probe_tokens,
                 max_sweeps: CompressOptions::default().max_sweeps,
                 chunks: 16,
