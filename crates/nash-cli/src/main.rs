@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Logging, threads and Ctrl-C, before any work.
+/// Logging, the forced instruction set and Ctrl-C, before any work.
 fn prepare(global: &args::Global) -> anyhow::Result<()> {
     let level = match global.verbose {
         0 => "warn",
@@ -47,6 +47,8 @@ fn prepare(global: &args::Global) -> anyhow::Result<()> {
         .with_target(false)
         .without_time()
         .init();
+    // A misspelt name would otherwise fall back silently to the best kernel.
+    nash_kernels::Isa::from_env()?;
     interrupt::install()?;
     Ok(())
 }
