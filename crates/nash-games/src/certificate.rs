@@ -95,17 +95,10 @@ impl Row<'_> {
         let delta: Vec<f64> = (0..n)
             .map(|c| step(c) * level(c) - f64::from(self.weights[c]))
             .collect();
-        let mut residual = vec![0.0f64; n];
-        let mut energy = 0.0;
-        for (j, h) in hessian.chunks(n).enumerate() {
-            let (mut r, mut e) = (0.0, 0.0);
-            for ((&h, d), &w) in h.iter().zip(&delta).zip(self.weights) {
-                r += f64::from(h) * d;
-                e += f64::from(h) * f64::from(w);
-            }
-            residual[j] = r;
-            energy += e * f64::from(self.weights[j]);
-        }
+        let weights: Vec<f64> = self.weights.iter().map(|&w| f64::from(w)).collect();
+        let residual = times_hessian(&delta, hessian);
+        let weighted = times_hessian(&weights, hessian);
+        let energy = weights.iter().zip(weighted).map(|(w, hw)| w * hw).sum();
         let potential = delta.iter().zip(&residual).map(|(d, r)| d * r).sum();
         let mut check = RowCheck {
             potential,
@@ -149,6 +142,19 @@ impl Row<'_> {
         }
         check
     }
+}
+
+/// `v H` in `f64`.
+fn times_hessian(v: &[f64], hessian: &[f32]) -> Vec<f64> {
+    let mut out = vec![0.0f64; v.len()];
+    pulp::Arch::new().dispatch(|| {
+        for (v, h) in v.iter().zip(hessian.chunks(v.len())) {
+            out.iter_mut()
+                .zip(h)
+                .for_each(|(out, &h)| *out += v * f64::from(h));
+        }
+    });
+    out
 }
 
 impl RowCheck {

@@ -182,26 +182,19 @@ fn best_scale(w: &[f32], h: &[f32], levels: &[f32], start: f32, factors: &[f32])
     if start <= 0.0 {
         return 0.0;
     }
-    let mut best = (f32::INFINITY, start);
+    // For the levels nearest at a candidate, the least-squares scale is s = Σ h w v / Σ h v², and it leaves an error of
+    // Σ h w² − s Σ h w v: the candidate that explains most wins.
+    let mut best = (0.0, start);
     for &factor in factors {
-        // One least-squares step from the candidate: s = Σ h w v / Σ h v², then the error at that scale.
-        let mut s = start * factor;
-        for refine in [true, false] {
-            let v = nearest_values(w, levels, s);
-            let (mut wv, mut vv, mut error) = ([0.0f32; 16], [0.0f32; 16], [0.0f32; 16]);
-            for (i, (&w, &h)) in w.iter().zip(h).enumerate() {
-                wv[i % 16] += h * w * v[i];
-                vv[i % 16] += h * v[i] * v[i];
-                error[i % 16] += h * (w - s * v[i]) * (w - s * v[i]);
-            }
-            let sum = |a: [f32; 16]| a.iter().sum::<f32>();
-            if refine {
-                let vv = sum(vv);
-                let refined = if vv > 0.0 { sum(wv) / vv } else { s };
-                s = if refined > 0.0 { refined } else { s };
-            } else if sum(error) < best.0 {
-                best = (sum(error), s);
-            }
+        let v = nearest_values(w, levels, start * factor);
+        let (mut wv, mut vv) = ([0.0f32; 16], [0.0f32; 16]);
+        for (i, (&w, &h)) in w.iter().zip(h).enumerate() {
+            wv[i % 16] += h * w * v[i];
+            vv[i % 16] += h * v[i] * v[i];
+        }
+        let (wv, vv) = (wv.iter().sum::<f32>(), vv.iter().sum::<f32>());
+        if wv > 0.0 && wv * wv > best.0 * vv {
+            best = (wv * wv / vv, wv / vv);
         }
     }
     best.1

@@ -177,14 +177,15 @@ fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<S
         text.update(bytemuck::cast_slice(window));
     }
     let fingerprint = format!(
-        "{} source {source} calibration {} method {:?} start {:?} damping {} sweeps {} probe {}",
+        "{} source {source} calibration {} method {:?} start {:?} damping {} sweeps {} probe {} every {}",
         env!("CARGO_PKG_VERSION"),
         text.finish(),
         options.method,
         options.start,
         options.damping,
         options.max_sweeps,
-        options.probe_tokens
+        options.probe_tokens,
+        options.probe_layer_stride
     );
     if !options.resume && options.work_dir.is_none() && dir.exists() {
         Scratch::open(dir, &fingerprint)?.remove()?;

@@ -76,6 +76,8 @@ pub struct CompressOptions {
     pub max_sweeps: usize,
     /// Tokens on which the KL divergence of single-tensor changes is measured.
     pub probe_tokens: usize,
+    /// In models of more than twelve layers it is measured in the first and last few and in every n-th layer between them.
+    pub probe_layer_stride: usize,
     /// Continue an interrupted compression in the same place.
     pub resume: bool,
     /// Replace an existing output folder.
@@ -96,6 +98,7 @@ impl Default for CompressOptions {
             damping: 0.1,
             max_sweeps: 64,
             probe_tokens: 128,
+            probe_layer_stride: 3,
             resume: false,
             force: false,
             work_dir: None,

@@ -20,7 +20,7 @@ use crate::tensor::{Rounded, Rounding, certify, round};
 /// Width at which the effect of a tensor on the whole model is measured.
 const REFERENCE_BITS: usize = 3;
 /// Rows per tensor on which layer errors at all widths are computed.
-const CURVE_ROWS: usize = 96;
+const CURVE_ROWS: usize = 48;
 /// Sweeps for curves: the first two make most of the difference.
 const CURVE_SWEEPS: usize = 2;
 /// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
@@ -156,7 +156,8 @@ impl Session<'_> {
     pub(crate) fn curves(&mut self) -> Result<Vec<Curve>, QuantError> {
         let linears = self.linears.clone();
         let layers = self.model.config().num_layers();
-        let measured = |l: &LinearInfo| l.layer.is_none_or(|layer| is_measured(layer, layers));
+        let stride = self.options.probe_layer_stride.max(1);
+        let measured = |l: &LinearInfo| l.layer.is_none_or(|layer| is_measured(layer, layers, stride));
         self.progress
             .stage("measure", linears.iter().filter(|l| measured(l)).count() as u64);
         let mut probe = None;
@@ -276,9 +277,9 @@ impl Session<'_> {
 }
 
 /// Whether the effect of tensors in this layer is measured: all layers of shallow models; in deep ones the first three and the last two,
-/// which differ most, and every third between.
-fn is_measured(layer: usize, layers: usize) -> bool {
-    layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(3)
+/// which differ most, and every `stride`-th between.
+fn is_measured(layer: usize, layers: usize, stride: usize) -> bool {
+    layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(stride)
 }
 
 /// Fills in the KL divergences that were not measured: KL per relative layer error, interpolated geometrically between the nearest measured

@@ -17,6 +17,7 @@ pub(super) const BUDGETS: [f64; 2] = [4.25, 3.0];
 pub(super) struct Effort {
     pub(super) calibration_tokens: usize,
     probe_tokens: usize,
+    probe_layer_stride: usize,
     max_sweeps: usize,
     pub(super) chunks: usize,
     pub(super) answer_tokens: usize,
@@ -26,6 +27,7 @@ pub(super) struct Effort {
 impl Effort {
     /// The usual effort, or one for people in a hurry.
     pub(super) fn new(quick: bool) -> Self {
+        let usual = CompressOptions::default();
         let speed = SpeedOptions {
             prompt_tokens: 128,
             generate_tokens: 32,
@@ -35,7 +37,8 @@ impl Effort {
             Self {
                 calibration_tokens: 3072,
                 probe_tokens: 48,
-                max_sweeps: 4,
+                probe_layer_stride: 8,
+                max_sweeps: 3,
                 chunks: 3,
                 answer_tokens: 40,
                 speed,
@@ -43,8 +46,9 @@ impl Effort {
         } else {
             Self {
                 calibration_tokens: 8192,
-                probe_tokens: CompressOptions::default().probe_tokens,
-                max_sweeps: CompressOptions::default().max_sweeps,
+                probe_tokens: usual.probe_tokens,
+                probe_layer_stride: usual.probe_layer_stride,
+                max_sweeps: usual.max_sweeps,
                 chunks: 16,
                 answer_tokens: 80,
                 speed,
@@ -80,6 +84,7 @@ pub(super) fn compress_all(
                 method,
                 calibration: calibration.clone(),
                 probe_tokens: effort.probe_tokens,
+                probe_layer_stride: effort.probe_layer_stride,
                 max_sweeps: effort.max_sweeps,
                 // The folders of the demo are its own, and what one budget measured serves the next.
                 force: true,
