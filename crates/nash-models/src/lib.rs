@@ -21,6 +21,7 @@
 //! Shapes: T tokens, d hidden size, V vocabulary; weights `[m, n]` = `[outputs, inputs]`; all matrices row-major.
 
 mod attention;
+mod backward;
 mod cache;
 mod config;
 mod error;
@@ -41,6 +42,7 @@ mod stop;
 mod tap;
 mod weights;
 
+pub use backward::GradientTap;
 pub use cache::KvCache;
 pub use config::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,

@@ -91,6 +91,25 @@ pub trait Linear: Send + Sync {
     fn forward(&self, input: &Input<'_>, y: &mut [f32]);
     /// Decodes row `row` to `out [n]`.
     fn row(&self, row: usize, out: &mut [f32]);
+    /// Adds `g·W` to `gx`: the gradient `g [T, m]` of the outputs taken back to the inputs, `gx [T, n]`.
+    fn backward(&self, g: &[f32], tokens: usize, gx: &mut [f32]) {
+        let (m, n) = (self.rows(), self.cols());
+        let step = (TILE_FLOATS / n).clamp(1, m);
+        let part = PART_FLOATS.div_ceil(n);
+        let mut tile = vec![0.0; step * n];
+        for first in (0..m).step_by(step) {
+            let rows = step.min(m - first);
+            let tile = &mut tile[..rows * n];
+            pool::for_each_chunk(tile, part * n, |i, tile| {
+                for (r, row) in tile.chunks_exact_mut(n).enumerate() {
+                    self.row(first + i * part + r, row);
+                }
+            });
+            let g = MatRef::row_major(g, tokens, m).cols_range(first..first + rows);
+            let gx = MatMut::row_major(gx, tokens, n);
+            dense::gemm(1.0, g, MatRef::row_major(tile, rows, n), 1.0, gx);
+        }
+    }
     /// Bytes of the stored weight that a forward pass reads.
     fn resident_bytes(&self) -> usize;
 }

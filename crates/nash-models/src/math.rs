@@ -74,6 +74,37 @@ pub(crate) fn activate(kind: Activation, x: &mut [f32]) {
     }
 }
 
+/// Replaces every value by the derivative of the nonlinearity there.
+pub(crate) fn slope(kind: Activation, x: &mut [f32]) {
+    /// 1/√2π
+    const DENSITY: f32 = 0.398_942_3;
+    /// √(2/π)
+    const RATE: f32 = 0.797_884_6;
+    match kind {
+        Activation::Silu => x.iter_mut().for_each(|v| {
+            let s = sigmoid(*v);
+            *v = s * (1.0 + *v * (1.0 - s));
+        }),
+        Activation::GeluTanh => x.iter_mut().for_each(|v| {
+            // x·σ(2u): σ + x·σ(1 − σ)·2u′
+            let square = *v * *v;
+            let s = sigmoid(2.0 * RATE * *v * (1.0 + 0.044_715 * square));
+            *v = s + *v * s * (1.0 - s) * 2.0 * RATE * (1.0 + 3.0 * 0.044_715 * square);
+        }),
+        Activation::Gelu => x.iter_mut().for_each(|v| {
+            // Φ(x) + x·φ(x); Φ from x·Φ(x), and its Taylor polynomial where that would divide by nearly nothing.
+            let density = DENSITY * exp(-0.5 * *v * *v);
+            let area = if v.abs() < 1e-2 {
+                0.5 + DENSITY * *v
+            } else {
+                gelu(*v) / *v
+            };
+            *v = area + *v * density;
+        }),
+        Activation::Relu => x.iter_mut().for_each(|v| *v = f32::from(u8::from(*v > 0.0))),
+    }
+}
+
 /// Lanes of a reduction; the order of summation is part of the result, so it is fixed here and not by the compiler.
 const LANES: usize = 16;
 

@@ -23,15 +23,15 @@ use crate::weights::Weights;
 
 /// A decoder language model.
 pub struct Model {
-    config: ModelConfig,
-    weights: Weights,
-    layers: Vec<Layer>,
-    final_norm: Option<Norm>,
+    pub(crate) config: ModelConfig,
+    pub(crate) weights: Weights,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) final_norm: Option<Norm>,
     /// `[positions, d]`.
     positions: Option<Arc<[f32]>>,
-    rope: RopeTables,
+    pub(crate) rope: RopeTables,
     embedding: usize,
-    head: usize,
+    pub(crate) head: usize,
 }
 
 impl std::fmt::Debug for Model {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nash_kernels::{dense, pool};
 
 use crate::config::NormKind;
+use crate::math;
 
 /// A norm with its weights, `[n]` each.
 #[derive(Debug, Clone)]
@@ -40,5 +41,30 @@ impl Norm {
         if let Some(bias) = &self.bias {
             x.iter_mut().zip(bias.iter()).for_each(|(v, b)| *v += b);
         }
+    }
+
+    /// `g`, the gradient with respect to the norm of `x [.., n]`, becomes that with respect to `x`.
+    ///
+    /// With the centred input c (RMS: x itself), r = 1/√(mean c² + ε) and a = g∘w: `r·(a − mean a) − c·r³·mean(a∘c)`, the mean of a only for
+    /// LayerNorm.
+    pub(crate) fn backward(&self, x: &[f32], g: &mut [f32]) {
+        let n = self.weight.len();
+        let rows = (CHUNK / n).max(1);
+        pool::for_each_chunk(g, rows * n, |chunk, g| {
+            let mut c = vec![0.0; n];
+            for (x, g) in x[chunk * rows * n..].chunks_exact(n).zip(g.chunks_exact_mut(n)) {
+                c.copy_from_slice(x);
+                g.iter_mut().zip(self.weight.iter()).for_each(|(g, w)| *g *= w);
+                if self.kind == NormKind::Layer {
+                    for v in [&mut c[..], g] {
+                        let mean = math::sum(v) / n as f32;
+                        v.iter_mut().for_each(|v| *v -= mean);
+                    }
+                }
+                let r = 1.0 / (dense::dot(&c, &c) / n as f32 + self.eps).sqrt();
+                let pull = r * r * r * dense::dot(g, &c) / n as f32;
+                g.iter_mut().zip(&c).for_each(|(g, c)| *g = r * *g - pull * c);
+            }
+        });
     }
 }

@@ -91,6 +91,15 @@ impl RopeTable {
         self.range = Some((start, tokens));
     }
 
+    /// The table that turns everything back: the transpose of every rotation.
+    pub(crate) fn transposed(&self) -> Self {
+        Self {
+            range: self.range,
+            cos: self.cos.clone(),
+            sin: self.sin.iter().map(|v| -v).collect(),
+        }
+    }
+
     /// Rotates `x [T, heads·head_dim]` in place; the table holds T positions.
     pub(crate) fn rotate(&self, rope: &RopeConfig, head_dim: usize, heads: usize, x: &mut [f32]) {
         let half = rope.dims / 2;

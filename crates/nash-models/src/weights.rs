@@ -57,6 +57,10 @@ impl Weights {
         self.index.get(name).copied()
     }
 
+    pub(crate) fn info(&self, slot: usize) -> &LinearInfo {
+        &self.slots[slot].info
+    }
+
     pub(crate) fn linear(&self, slot: usize) -> &Arc<dyn Linear> {
         &self.slots[slot].linear
     }

@@ -1,0 +1,188 @@
+//! The reverse pass against differences of the forward pass, on the tiny golden models of every dense architecture.
+//!
+//! The loss is a fixed linear form of the logits, `Σ c·y`. Its slope along a random direction, by central differences with step ε, has an
+//! error of order ε² from curvature (ε where a ReLU changes its mind) and δ/ε from rounding, δ ≈ 1e-6 of the loss's scale: with ε = 5e-4 both
+//! stay below 2e-3 of the scale of the slopes, and 1e-2 is allowed.
+
+#![expect(clippy::unwrap_used, reason = "a test says by panicking that it failed")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use nash_core::ModelFile;
+use nash_models::{DenseLinear, GradientTap, KvCache, Model};
+
+const DENSE: [&str; 14] = [
+    "llama",
+    "llama_tied_bias",
+    "llama_rope3",
+    "llama_yarn",
+    "mistral_window",
+    "qwen2",
+    "qwen2_window",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "opt",
+    "opt_after",
+];
+const STEP: f32 = 5e-4;
+const SEQUENCES: [usize; 2] = [9, 6];
+
+fn golden(name: &str) -> Model {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
+    Model::load(&ModelFile::open(folder).unwrap()).unwrap()
+}
+
+/// Numbers in (−1, 1), deterministic.
+fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// Inputs of every layer and of the head, `[L + 1][T·d]`, from the embedded tokens `x`.
+fn states(model: &Model, x: &[f32]) -> Vec<Vec<f32>> {
+    let d = model.config().hidden_size;
+    let mut states = vec![x.to_vec()];
+    for layer in 0..model.config().num_layers() {
+        let mut x = states[layer].clone();
+        let mut rest = &mut x[..];
+        for tokens in SEQUENCES {
+            let (sequence, tail) = rest.split_at_mut(tokens * d);
+            let mut cache = KvCache::new(model.config(), tokens);
+            model
+                .layer_forward(layer, sequence, &mut cache, 0, &mut ())
+                .unwrap();
+            rest = tail;
+        }
+        states.push(x);
+    }
+    states
+}
+
+/// `Σ c·logits`.
+fn loss(model: &Model, x: &[f32], c: &[f32]) -> f64 {
+    let mut hidden = states(model, x).pop().unwrap();
+    model.final_norm(&mut hidden);
+    let mut logits = vec![0.0; c.len()];
+    model.logits(&hidden, &mut logits, &mut ());
+    dot(&logits, c)
+}
+
+/// The gradient `Σ_t g[t]ᵀ x[t]` of every weight matrix.
+#[derive(Default)]
+struct WeightGradients(BTreeMap<String, Vec<f32>>);
+
+impl GradientTap for WeightGradients {
+    fn linear(&mut self, name: &str, x: &[f32], g: &[f32], tokens: usize) {
+        let (n, m) = (x.len() / tokens, g.len() / tokens);
+        let sum = self.0.entry(name.to_owned()).or_insert_with(|| vec![0.0; m * n]);
+        for (x, g) in x.chunks(n).zip(g.chunks(m)) {
+            for (row, g) in sum.chunks_mut(n).zip(g) {
+                row.iter_mut().zip(x).for_each(|(s, x)| *s += g * x);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_the_slopes_of_the_loss() {
+    for name in DENSE {
+        let mut model = golden(name);
+        assert!(model.has_backward(), "{name}");
+        let (layers, vocab) = (model.config().num_layers(), model.config().vocab_size);
+        let tokens: usize = SEQUENCES.iter().sum();
+        let ids: Vec<u32> = (0..tokens).map(|t| (t * 7 % vocab) as u32).collect();
+        let mut x = Vec::new();
+        model.embed(&ids, 0, &mut x).unwrap();
+        let c = noise(tokens * vocab, 1);
+        let states = states(&model, &x);
+        let mut taps = WeightGradients::default();
+        let mut g = states[layers].clone();
+        model.head_backward(&mut g, &mut taps, |first, logits| {
+            let at = first * vocab;
+            logits.copy_from_slice(&c[at..at + logits.len()]);
+        });
+        for layer in (0..layers).rev() {
+            model
+                .layer_backward(layer, &states[layer], &SEQUENCES, &mut g, &mut taps)
+                .unwrap();
+        }
+
+        // With respect to the embedded tokens.
+        let scale = x.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+        let u: Vec<f32> = noise(x.len(), 2).iter().map(|v| v * scale).collect();
+        let moved = |by: f32| -> Vec<f32> { x.iter().zip(&u).map(|(x, u)| x + by * u).collect() };
+        let slope =
+            (loss(&model, &moved(STEP), &c) - loss(&model, &moved(-STEP), &c)) / f64::from(2.0 * STEP);
+        let size = (dot(&g, &g) * dot(&u, &u)).sqrt() / (g.len() as f64).sqrt();
+        let found = dot(&g, &u);
+        assert!(
+            (found - slope).abs() < 1e-2 * size,
+            "{name}: {found} for a slope of {slope}, scale {size}"
+        );
+
+        // With respect to every weight matrix.
+        for info in model.linears() {
+            let Some(gradient) = taps.0.get(&info.name) else {
+                assert_eq!(
+                    info.site,
+                    nash_models::Site::Embedding,
+                    "{name}: no gradient of {}",
+                    info.name
+                );
+                continue;
+            };
+            let source = Arc::clone(model.linear(&info.name).unwrap());
+            let mut w = vec![0.0; info.rows * info.cols];
+            for (r, row) in w.chunks_mut(info.cols).enumerate() {
+                source.row(r, row);
+            }
+            let scale = w.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+            let u: Vec<f32> = noise(w.len(), 3).iter().map(|v| v * scale).collect();
+            let mut at = |by: f32| {
+                let w = w.iter().zip(&u).map(|(w, u)| w + by * u).collect();
+                let changed = Arc::new(DenseLinear::new(w, info.rows, info.cols));
+                model.set_linear(&info.name, changed).unwrap();
+                loss(&model, &x, &c)
+            };
+            let slope = (at(STEP) - at(-STEP)) / f64::from(2.0 * STEP);
+            model.set_linear(&info.name, source).unwrap();
+            let size = (dot(gradient, gradient) * dot(&u, &u)).sqrt() / (u.len() as f64).sqrt();
+            let found = dot(gradient, &u);
+            assert!(
+                (found - slope).abs() < 1e-2 * size + 1e-5,
+                "{name}, {}: {found} for a slope of {slope}, scale {size}",
+                info.name
+            );
+        }
+    }
+}
+
+#[test]
+fn mixtures_of_experts_are_refused() {
+    let model = golden("mixtral");
+    assert!(!model.has_backward());
+    let mut g = vec![0.0; model.config().hidden_size];
+    let x = g.clone();
+    assert!(
+        model
+            .layer_backward(0, &x, &[1], &mut g, &mut WeightGradients::default())
+            .is_err()
+    );
+}
