@@ -70,7 +70,8 @@ pub fn compress(
     };
     session.calibrate()?;
     let mut profiles = vec![baseline];
-    if options.method == Method::Nash {
+    // Where every width is given there is nothing to buy.
+    if options.method == Method::Nash && fixed.iter().any(Option::is_none) {
         let curves = session.curves()?;
         profiles.insert(0, market(&inventory, &fixed, &curves, budget)?);
         // An allocation that is the same twice needs no contest.
@@ -96,6 +97,7 @@ pub fn compress(
         budget_bytes: budget,
         method: options.method,
         start: options.start,
+        sensitivity: session.sensitivity_kind(),
         seed: options.seed,
         damping: options.damping,
         calibration: options.calibration.description.clone(),
@@ -177,12 +179,14 @@ fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<S
         text.update(bytemuck::cast_slice(window));
     }
     let fingerprint = format!(
-        "{} source {source} calibration {} method {:?} start {:?} damping {} sweeps {} probe {} every {}",
+        "{} source {source} calibration {} method {:?} start {:?} damping {} sensitivity {:?} seed {} sweeps {} probe {} every {}",
         env!("CARGO_PKG_VERSION"),
         text.finish(),
         options.method,
         options.start,
         options.damping,
+        options.sensitivity,
+        options.seed,
         options.max_sweeps,
         options.probe_tokens,
         options.probe_layer_stride

@@ -46,6 +46,18 @@ pub enum Start {
     LeaderFollower,
 }
 
+/// How the loss of a tensor at a width is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sensitivity {
+    /// Measured as the KL divergence of the model with this one tensor rounded; in deep models in some layers and interpolated.
+    #[default]
+    Measured,
+    /// Predicted from gradients of the whole model's loss, which also weight the tokens of the rounding game. Faster; better where the
+    /// divergence is small. Models without a reverse pass (mixtures of experts) are measured instead.
+    Gradient,
+}
+
 /// Text to calibrate on, as windows of tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Calibration {
@@ -64,6 +76,8 @@ pub struct CompressOptions {
     pub method: Method,
     /// Start of the rounding game.
     pub start: Start,
+    /// How losses are known (for [`Method::Nash`]).
+    pub sensitivity: Sensitivity,
     /// Fixed widths: (glob over canonical tensor names, width); the first match counts.
     pub tensor_types: Vec<(String, Width)>,
     /// Seed of every random choice; recorded in the report.
@@ -92,6 +106,7 @@ impl Default for CompressOptions {
             budget: Budget::BitsPerWeight(4.25),
             method: Method::Nash,
             start: Start::Nearest,
+            sensitivity: Sensitivity::Measured,
             tensor_types: Vec::new(),
             seed: 0,
             calibration: Calibration::default(),

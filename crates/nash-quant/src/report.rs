@@ -6,7 +6,7 @@ use nash_core::PackedFolder;
 use nash_games::RoundingCertificate;
 
 use crate::QuantError;
-use crate::options::{Budget, Method, Start};
+use crate::options::{Budget, Method, Sensitivity, Start};
 
 /// The report of a compression.
 ///
@@ -28,6 +28,9 @@ pub struct Report {
     pub method: Method,
     /// Start of the game.
     pub start: Start,
+    /// How losses were known, and with it the Hessians.
+    #[serde(default = "measured")]
+    pub sensitivity: Sensitivity,
     /// Seed.
     pub seed: u64,
     /// Damping of the Hessians.
@@ -66,6 +69,11 @@ pub struct Report {
     /// Wall-clock seconds; absent from the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compress_seconds: Option<f64>,
+}
+
+/// What reports said by not mentioning it.
+fn measured() -> Sensitivity {
+    Sensitivity::Measured
 }
 
 /// Fields that depend on the clock or on the size of the report itself.

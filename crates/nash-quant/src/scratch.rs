@@ -88,6 +88,18 @@ impl Scratch {
         Ok(atomic::write(self.path(key), bytes)?)
     }
 
+    /// Removes an entry that is not needed any more.
+    ///
+    /// # Errors
+    /// If it exists and cannot be removed.
+    pub fn remove_entry(&self, key: &str) -> Result<(), QuantError> {
+        let path = self.path(key);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(QuantError::io(&path, e)),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads a JSON entry; one that does not parse counts as missing.
     ///
     /// # Errors

@@ -10,10 +10,11 @@ use nash_models::{DenseLinear, KvCache, LinearInfo, Model, Site};
 use crate::QuantError;
 use crate::allocate::Curve;
 use crate::hessian::{HessianTap, regularise, triangle};
-use crate::options::{CompressOptions, Method};
+use crate::options::{CompressOptions, Method, Sensitivity};
 use crate::probe::Probe;
 use crate::progress::Progress;
 use crate::scratch::Scratch;
+use crate::sensitivity::hessian_key;
 use crate::stored;
 use crate::tensor::{Rounded, Rounding, certify, round};
 
@@ -21,6 +22,8 @@ use crate::tensor::{Rounded, Rounding, certify, round};
 const REFERENCE_BITS: usize = 3;
 /// Rows per tensor on which layer errors at all widths are computed.
 const CURVE_ROWS: usize = 48;
+/// Where rows differ in weight, at least one in this many: of a vocabulary, few rows carry most of it.
+const WEIGHTED_SHARE: usize = 64;
 /// Sweeps for curves: the first two make most of the difference.
 const CURVE_SWEEPS: usize = 2;
 /// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
@@ -50,7 +53,7 @@ pub(crate) struct SolvedRecord {
 }
 
 impl Session<'_> {
-    fn check_cancelled(&self) -> Result<(), QuantError> {
+    pub(crate) fn check_cancelled(&self) -> Result<(), QuantError> {
         if self.progress.cancelled() {
             Err(QuantError::Cancelled)
         } else {
@@ -63,11 +66,28 @@ impl Session<'_> {
         self.options.method != Method::RoundToNearest
     }
 
-    /// Runs the source model over the calibration windows, layer by layer, and stores every site's damped Hessian.
+    /// How losses are known: what was asked for, where the model and the method allow it.
+    pub(crate) fn sensitivity_kind(&self) -> Sensitivity {
+        if self.options.method == Method::Nash && self.model.has_backward() {
+            self.options.sensitivity
+        } else {
+            Sensitivity::Measured
+        }
+    }
+
+    /// Collects the damped Hessians of all linears from the calibration windows.
     pub(crate) fn calibrate(&self) -> Result<(), QuantError> {
         if !self.needs_hessians() || self.scratch.has("calibrated") {
             return Ok(());
         }
+        match self.sensitivity_kind() {
+            Sensitivity::Gradient => self.calibrate_with_gradients(),
+            Sensitivity::Measured => self.calibrate_forward(),
+        }
+    }
+
+    /// Runs the source model over the calibration windows, layer by layer, and stores every site's Hessian.
+    fn calibrate_forward(&self) -> Result<(), QuantError> {
         let windows = &self.options.calibration.windows;
         let layers = self.model.config().num_layers();
         self.progress.stage("calibrate", layers as u64 + 1);
@@ -106,7 +126,7 @@ impl Session<'_> {
             let n = sum.len().isqrt();
             regularise(&mut sum, n, tokens, self.options.damping);
             self.scratch
-                .put_bytes(&hessian_key(layer, site), &triangle::to_bytes(&sum, n))?;
+                .put_bytes(&site_key(layer, site), &triangle::to_bytes(&sum, n))?;
         }
         Ok(())
     }
@@ -117,7 +137,11 @@ impl Session<'_> {
         let n = info.cols;
         let layer = info.layer.unwrap_or(self.model.config().num_layers());
         if self.needs_hessians() && info.site != Site::Embedding {
-            let stored = self.scratch.get_bytes(&hessian_key(layer, info.site))?;
+            let key = match self.sensitivity_kind() {
+                Sensitivity::Gradient => hessian_key(&info.name),
+                Sensitivity::Measured => site_key(layer, info.site),
+            };
+            let stored = self.scratch.get_bytes(&key)?;
             if let Some(h) = stored.and_then(|b| triangle::from_bytes(&b, n)) {
                 return Ok(h);
             }
@@ -151,15 +175,16 @@ impl Session<'_> {
         }
     }
 
-    /// Loss curves of all linears: layer errors at every width, and the KL divergence at the reference width. In deep models the latter is
-    /// measured in some layers only and interpolated between them.
+    /// Loss curves of all linears: layer errors at every width, and the KL divergence at the reference width. The latter is predicted from
+    /// gradients, or measured: in deep models in some layers only and interpolated between them.
     pub(crate) fn curves(&mut self) -> Result<Vec<Curve>, QuantError> {
         let linears = self.linears.clone();
         let layers = self.model.config().num_layers();
         let stride = self.options.probe_layer_stride.max(1);
-        let measured = |l: &LinearInfo| l.layer.is_none_or(|layer| is_measured(layer, layers, stride));
-        self.progress
-            .stage("measure", linears.iter().filter(|l| measured(l)).count() as u64);
+        let measures = self.sensitivity_kind() == Sensitivity::Measured;
+        let measured =
+            |l: &LinearInfo| measures && l.layer.is_none_or(|layer| is_measured(layer, layers, stride));
+        self.progress.stage("measure", linears.len() as u64);
         let mut probe = None;
         let mut curves = Vec::with_capacity(linears.len());
         for info in &linears {
@@ -168,7 +193,7 @@ impl Session<'_> {
             let curve = match self.scratch.get::<Curve>(&key)? {
                 Some(curve) => curve,
                 None => {
-                    if probe.is_none() {
+                    if measures && probe.is_none() {
                         probe = Some(Probe::new(&self.model, &self.probe_windows())?);
                     }
                     let curve = self.curve(info, probe.as_ref().filter(|_| measured(info)))?;
@@ -177,9 +202,11 @@ impl Session<'_> {
                 }
             };
             curves.push(curve);
-            self.progress.advance(u64::from(measured(info)));
+            self.progress.advance(1);
         }
-        interpolate(&linears, &mut curves);
+        if measures {
+            interpolate(&linears, &mut curves);
+        }
         Ok(curves)
     }
 
@@ -196,13 +223,25 @@ impl Session<'_> {
             .collect()
     }
 
-    /// One curve; without a probe the KL divergence is left out.
+    /// One curve. Without gradients and without a probe the KL divergence is left out.
     fn curve(&mut self, info: &LinearInfo, probe: Option<&Probe>) -> Result<Curve, QuantError> {
         let n = info.cols;
         let weights = self.weights(info)?;
         let hessian = self.hessian(info)?;
-        let stride = info.rows.div_ceil(CURVE_ROWS);
-        let sample: Vec<f32> = weights.chunks(n).step_by(stride).flatten().copied().collect();
+        let sensitivity = self.sensitivity(info)?;
+        let rows = match sensitivity {
+            Some(_) => CURVE_ROWS.max(info.rows / WEIGHTED_SHARE),
+            None => CURVE_ROWS,
+        };
+        let stride = info.rows.div_ceil(rows);
+        let mut sample: Vec<f32> = weights.chunks(n).step_by(stride).flatten().copied().collect();
+        if let Some(s) = &sensitivity {
+            // Rows scaled by the root of their weight make the layer error a sum weighted by row.
+            for (row, weight) in sample.chunks_mut(n).zip(s.rows.iter().step_by(stride)) {
+                let root = weight.sqrt();
+                row.iter_mut().for_each(|w| *w *= root);
+            }
+        }
         let problem = Problem {
             weights: &sample,
             cols: n,
@@ -218,9 +257,13 @@ impl Session<'_> {
             .iter()
             .position(|w| w.bits() == REFERENCE_BITS)
             .unwrap_or(0);
-        let kl_at_reference = match probe {
-            None => None,
-            Some(probe) => {
+        let kl_at_reference = match (sensitivity, probe) {
+            (Some(s), _) => {
+                let share = info.rows as f64 * n as f64 / sample.len().max(1) as f64;
+                Some(s.scale * share * potential[reference])
+            }
+            (None, None) => None,
+            (None, Some(probe)) => {
                 let problem = Problem {
                     weights: &weights,
                     cols: n,
@@ -316,6 +359,6 @@ fn interpolate(linears: &[LinearInfo], curves: &mut [Curve]) {
     }
 }
 
-fn hessian_key(layer: usize, site: Site) -> String {
+fn site_key(layer: usize, site: Site) -> String {
     format!("hessian-{layer}-{site:?}")
 }

@@ -108,6 +108,8 @@ fn equilibrium(
         },
         damping: report.damping,
         start: report.start,
+        sensitivity: report.sensitivity,
+        seed: report.seed,
         ..CompressOptions::default()
     };
     let work = tempfile::tempdir().map_err(|e| QuantError::io(&std::env::temp_dir(), e))?;

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nash_core::{ModelFile, PackedFolder};
 use nash_models::{KvCache, Model};
 use nash_quant::{
-    Budget, Calibration, CompressOptions, Method, Progress, QuantError, Report, VerifyOptions, compress,
-    verify,
+    Budget, Calibration, CompressOptions, Method, Progress, QuantError, Report, Sensitivity, VerifyOptions,
+    compress, verify,
 };
 use rand::{RngExt, SeedableRng};
 
@@ -108,9 +108,21 @@ fn the_file_keeps_to_its_budget_and_loads_and_is_an_equilibrium() -> TestResult 
 
 #[test]
 fn a_stopped_run_resumes_to_the_same_bytes() -> TestResult {
+    resumes_to_the_same_bytes(Sensitivity::Measured)
+}
+
+#[test]
+fn a_stopped_run_with_gradients_resumes_to_the_same_bytes() -> TestResult {
+    resumes_to_the_same_bytes(Sensitivity::Gradient)
+}
+
+fn resumes_to_the_same_bytes(sensitivity: Sensitivity) -> TestResult {
     let dir = tempfile::tempdir()?;
     let (whole, resumed) = (dir.path().join("whole"), dir.path().join("resumed"));
-    let mut options = options(feasible(0.5)?);
+    let mut options = CompressOptions {
+        sensitivity,
+        ..options(feasible(0.5)?)
+    };
     run(&whole, &options, &())?;
     options.resume = true;
     let mut stops = 0;
@@ -130,6 +142,46 @@ fn a_stopped_run_resumes_to_the_same_bytes() -> TestResult {
         files_of(&whole)? == files_of(&resumed)?,
         "resumed and whole runs differ"
     );
+    Ok(())
+}
+
+#[test]
+fn gradients_predict_the_divergence_and_leave_an_equilibrium() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let out = dir.path().join("packed");
+    let options = CompressOptions {
+        sensitivity: Sensitivity::Gradient,
+        ..options(feasible(0.6)?)
+    };
+    let report = run(&out, &options, &())?;
+    assert_eq!(report.sensitivity, Sensitivity::Gradient);
+    let predicted = report.predicted_kl.ok_or("nothing was predicted")?;
+    let measured = report.candidates.first().ok_or("nothing was measured")?.1;
+    // Second order, outputs taken as independent, 192 tokens: the order of magnitude must be right.
+    assert!(
+        predicted < 4.0 * measured && measured < 4.0 * predicted,
+        "predicted {predicted}, measured {measured}"
+    );
+    let all = VerifyOptions {
+        rows_per_tensor: usize::MAX,
+    };
+    let found = verify(&PackedFolder::open(&out)?, Some(&golden("llama")?), all, &())?
+        .equilibrium
+        .ok_or("no equilibrium was checked")?;
+    assert_eq!(found.unsettled, 0, "verify computes the same Hessians again");
+    Ok(())
+}
+
+#[test]
+fn models_without_a_reverse_pass_are_measured() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let source = golden("mixtral")?;
+    let options = CompressOptions {
+        sensitivity: Sensitivity::Gradient,
+        ..options(12.0)
+    };
+    let report = compress(&source, &|_| Ok(()), &dir.path().join("packed"), &options, &())?;
+    assert_eq!(report.sensitivity, Sensitivity::Measured);
     Ok(())
 }
 
