@@ -175,6 +175,32 @@ fn gradients_are_the_slopes_of_the_loss() {
 }
 
 #[test]
+fn many_sequences_at_once_are_as_one_by_one() {
+    for name in DENSE.into_iter().chain(["mixtral", "olmoe_clip"]) {
+        let model = golden(name);
+        let ids: Vec<u32> = (0..15).map(|t| t * 7 % 31).collect();
+        let mut x = Vec::new();
+        model.embed(&ids, 0, &mut x).unwrap();
+        let apart = states(&model, &x);
+        for (layer, expected) in apart.iter().enumerate().skip(1) {
+            // Every layer from the same input, so that differences do not add up: f32 sums in another order.
+            let mut x = apart[layer - 1].clone();
+            model
+                .layer_forward_sequences(layer - 1, &mut x, &SEQUENCES)
+                .unwrap();
+            let scale = expected.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+            for (found, expected) in x.iter().zip(expected) {
+                assert!(
+                    (found - expected).abs() <= 1e-5 * scale,
+                    "{name}, layer {}",
+                    layer - 1
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn mixtures_of_experts_are_refused() {
     let model = golden("mixtral");
     assert!(!model.has_backward());

@@ -232,7 +232,7 @@ fn select(
                 for (info, solved) in session.linears.iter().zip(&solved) {
                     model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
                 }
-                let kl = probe.kl(&model, None)?;
+                let kl = probe.kl(&model)?;
                 measured.push((profile.name.to_string(), four_digits(kl)));
                 kl
             }

@@ -12,6 +12,7 @@
 
 mod allocate;
 mod compress;
+mod curves;
 mod error;
 mod hessian;
 mod options;

@@ -1,29 +1,27 @@
 //! The judge: KL divergence of the whole model from its source on a few tokens of calibration text.
 //!
-//! The hidden state before every layer is kept, so that a change in layer l costs only the layers from l on.
+//! The hidden state before every layer is kept, so that a change in layer l costs only the layers from l on, and the changes of one
+//! layer run through the layers above together.
 
 use std::sync::Arc;
 
-use nash_models::{KvCache, Linear, Model};
+use nash_models::{Linear, Model};
 use rayon::prelude::*;
 
 use crate::QuantError;
 
 /// Rows of logits computed at once: bounds memory for vocabularies of a quarter million tokens.
-const LOGIT_ROWS: usize = 64;
+const LOGIT_ROWS: usize = 128;
 
-/// Token windows with the source model's states and log-probabilities.
+/// Token windows, one after the other, with the source model's states and log-probabilities.
 pub(crate) struct Probe {
-    windows: Vec<Window>,
-    vocab: usize,
-}
-
-struct Window {
-    tokens: Vec<u32>,
+    /// Lengths of the windows.
+    lengths: Vec<usize>,
     /// Hidden state before each layer and after the last, `[layers + 1][T · d]`.
     states: Vec<Vec<f32>>,
     /// Natural log-probabilities of the source, `[T, vocab]`.
     log_probs: Vec<f32>,
+    tokens: Vec<u32>,
 }
 
 impl Probe {
@@ -32,74 +30,53 @@ impl Probe {
     /// # Errors
     /// If the model cannot run a window.
     pub(crate) fn new(model: &Model, windows: &[Vec<u32>]) -> Result<Self, QuantError> {
+        let mut probe = Self {
+            lengths: windows.iter().map(Vec::len).collect(),
+            states: Vec::new(),
+            log_probs: Vec::new(),
+            tokens: windows.concat(),
+        };
+        let mut x = probe.embed(model)?;
+        probe.states.push(x.clone());
+        for layer in 0..model.config().num_layers() {
+            model.layer_forward_sequences(layer, &mut x, &probe.lengths)?;
+            probe.states.push(x.clone());
+        }
         let vocab = model.config().vocab_size;
-        let layers = model.config().num_layers();
-        let windows = windows
-            .iter()
-            .map(|tokens| {
-                let mut cache = KvCache::new(model.config(), tokens.len());
-                let mut x = Vec::new();
-                model.embed(tokens, 0, &mut x)?;
-                let mut states = vec![x.clone()];
-                for layer in 0..layers {
-                    model.layer_forward(layer, &mut x, &mut cache, 0, &mut ())?;
-                    states.push(x.clone());
-                }
-                let mut log_probs = vec![0.0; tokens.len() * vocab];
-                final_logits(model, &mut x, tokens.len(), |first, logits| {
-                    let out = &mut log_probs[first * vocab..][..logits.len()];
-                    out.copy_from_slice(logits);
-                    out.par_chunks_mut(vocab).for_each(log_softmax);
-                })?;
-                Ok(Window {
-                    tokens: tokens.clone(),
-                    states,
-                    log_probs,
-                })
-            })
-            .collect::<Result<_, QuantError>>()?;
-        Ok(Self { windows, vocab })
+        let mut log_probs = Vec::with_capacity(probe.tokens.len() * vocab);
+        final_logits(model, &mut x, |logits| {
+            logits.par_chunks_mut(vocab).for_each(log_softmax);
+            log_probs.extend_from_slice(logits);
+        });
+        probe.log_probs = log_probs;
+        Ok(probe)
     }
 
-    /// Mean KL divergence in nats per token of `model` from the source. `from_layer`: the first layer that differs; `None`
-    /// if the embedding does.
+    /// The embedded windows, each from position 0.
+    fn embed(&self, model: &Model) -> Result<Vec<f32>, QuantError> {
+        let (mut all, mut rest) = (Vec::new(), &self.tokens[..]);
+        for &len in &self.lengths {
+            let mut x = Vec::new();
+            model.embed(&rest[..len], 0, &mut x)?;
+            all.extend(x);
+            rest = &rest[len..];
+        }
+        Ok(all)
+    }
+
+    /// Mean KL divergence in nats per token of `model` from the source.
     ///
     /// # Errors
     /// If the model cannot run a window.
-    pub(crate) fn kl(&self, model: &Model, from_layer: Option<usize>) -> Result<f64, QuantError> {
-        let (mut sum, mut count) = (0.0, 0usize);
-        for window in &self.windows {
-            let tokens = window.tokens.len();
-            let mut cache = KvCache::new(model.config(), tokens);
-            let mut x = match from_layer {
-                Some(layer) => window.states[layer].clone(),
-                None => {
-                    let mut x = Vec::new();
-                    model.embed(&window.tokens, 0, &mut x)?;
-                    x
-                }
-            };
-            for layer in from_layer.unwrap_or(0)..model.config().num_layers() {
-                model.layer_forward(layer, &mut x, &mut cache, 0, &mut ())?;
-            }
-            final_logits(model, &mut x, tokens, |first, logits| {
-                let base = &window.log_probs[first * self.vocab..][..logits.len()];
-                let rows: Vec<f64> = logits
-                    .par_chunks_mut(self.vocab)
-                    .zip(base.par_chunks(self.vocab))
-                    .map(|(row, base)| {
-                        log_softmax(row);
-                        divergence(base, row)
-                    })
-                    .collect();
-                sum += rows.iter().sum::<f64>();
-            })?;
-            count += tokens;
+    pub(crate) fn kl(&self, model: &Model) -> Result<f64, QuantError> {
+        let mut x = self.embed(model)?;
+        for layer in 0..model.config().num_layers() {
+            model.layer_forward_sequences(layer, &mut x, &self.lengths)?;
         }
-        Ok(sum / count.max(1) as f64)
+        Ok(self.divergences(model, x)[0])
     }
 
-    /// KL divergence with one linear replaced; the model is as before afterwards.
+    /// KL divergence with one linear outside of the layers replaced; the model is as before afterwards.
     ///
     /// # Errors
     /// If the model cannot run a window.
@@ -107,35 +84,85 @@ impl Probe {
         &self,
         model: &mut Model,
         name: &str,
-        from_layer: Option<usize>,
         changed: Arc<dyn Linear>,
     ) -> Result<f64, QuantError> {
-        let before = model.linear(name).cloned();
-        model.set_linear(name, changed)?;
-        let kl = self.kl(model, from_layer);
-        if let Some(before) = before {
-            model.set_linear(name, before)?;
+        replaced(model, name, changed, |model| self.kl(model))
+    }
+
+    /// KL divergences with each of some linears of one layer replaced alone; the model is as before afterwards. The layers above run
+    /// once for all of them.
+    ///
+    /// # Errors
+    /// If the model cannot run a window.
+    pub(crate) fn kl_of_changes(
+        &self,
+        model: &mut Model,
+        layer: usize,
+        changes: Vec<(&str, Arc<dyn Linear>)>,
+    ) -> Result<Vec<f64>, QuantError> {
+        let lengths = self.lengths.repeat(changes.len());
+        let mut x = Vec::new();
+        for (name, changed) in changes {
+            let mut own = self.states[layer].clone();
+            replaced(model, name, changed, |model| {
+                Ok(model.layer_forward_sequences(layer, &mut own, &self.lengths)?)
+            })?;
+            x.extend(own);
         }
-        kl
+        for layer in layer + 1..model.config().num_layers() {
+            model.layer_forward_sequences(layer, &mut x, &lengths)?;
+        }
+        Ok(self.divergences(model, x))
+    }
+
+    /// Mean divergence of each copy of the windows in `x [copies · T, d]`, the states after the last layer.
+    fn divergences(&self, model: &Model, mut x: Vec<f32>) -> Vec<f64> {
+        let vocab = model.config().vocab_size;
+        let mut rows: Vec<f64> = Vec::new();
+        final_logits(model, &mut x, |logits| {
+            let first = rows.len();
+            let block: Vec<f64> = logits
+                .par_chunks_mut(vocab)
+                .enumerate()
+                .map(|(i, row)| {
+                    let base = (first + i) % self.tokens.len();
+                    log_softmax(row);
+                    divergence(&self.log_probs[base * vocab..][..vocab], row)
+                })
+                .collect();
+            rows.extend(block);
+        });
+        let mean = |rows: &[f64]| rows.iter().sum::<f64>() / rows.len() as f64;
+        rows.chunks(self.tokens.len().max(1)).map(mean).collect()
     }
 }
 
-/// Calls `use_rows(first position, logits)` on blocks of rows of the logits of hidden states `x [T, d]`.
-fn final_logits(
-    model: &Model,
-    x: &mut [f32],
-    tokens: usize,
-    mut use_rows: impl FnMut(usize, &mut [f32]),
-) -> Result<(), QuantError> {
+/// Does something with one linear replaced, and puts it back.
+fn replaced<T>(
+    model: &mut Model,
+    name: &str,
+    changed: Arc<dyn Linear>,
+    work: impl FnOnce(&Model) -> Result<T, QuantError>,
+) -> Result<T, QuantError> {
+    let before = model.linear(name).cloned();
+    model.set_linear(name, changed)?;
+    let result = work(model);
+    if let Some(before) = before {
+        model.set_linear(name, before)?;
+    }
+    result
+}
+
+/// Calls `use_rows(logits)` on blocks of rows of the logits of hidden states `x [T, d]`, in order.
+fn final_logits(model: &Model, x: &mut [f32], mut use_rows: impl FnMut(&mut [f32])) {
     let (d, vocab) = (model.config().hidden_size, model.config().vocab_size);
     model.final_norm(x);
-    let mut logits = vec![0.0; LOGIT_ROWS.min(tokens) * vocab];
-    for (block, hidden) in x.chunks(LOGIT_ROWS * d).enumerate() {
+    let mut logits = vec![0.0; LOGIT_ROWS.min(x.len() / d) * vocab];
+    for hidden in x.chunks(LOGIT_ROWS * d) {
         let out = &mut logits[..hidden.len() / d * vocab];
         model.logits(hidden, out, &mut ());
-        use_rows(block * LOGIT_ROWS, out);
+        use_rows(out);
     }
-    Ok(())
 }
 
 /// `x − ln Σ exp x` in place.

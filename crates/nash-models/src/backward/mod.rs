@@ -1,14 +1,15 @@
-//! The reverse pass: gradients of a loss with respect to the outputs of every linear.
+//! Whole sequences at once, forwards and in reverse: gradients of a loss with respect to the outputs of every linear.
 //!
-//! It serves compression, which asks how much the whole model's loss feels an error of one weight; it trains nothing. A layer is
+//! It serves compression, which asks how much the whole model's loss feels an error of one weight; it trains nothing. In reverse a layer is
 //! given its input again and recomputes what it needs in `f32`, so that nothing but the residual stream between layers has to be kept.
-//! Sequences start at position 0. Mixtures of experts are not supported.
+//! Sequences start at position 0. Mixtures of experts have no reverse pass.
 //!
 //! Shapes: T tokens of all sequences together, d = hidden size; `x` a value, `g` the gradient of the loss with respect to it. Results
 //! do not depend on the number of threads.
 
 mod attention;
 
+use crate::cache::KvCache;
 use crate::config::{ModelConfig, NormPlacement, Positions};
 use crate::error::{ModelError, Result};
 use crate::feed::{Feed, Mlp};
@@ -65,6 +66,61 @@ impl Model {
             .all(|layer| matches!(layer.feed, Feed::Dense(_)))
     }
 
+    /// Applies one layer to many short sequences at once, `x [T, d]` in place, every sequence from position 0: what decoding a weight costs is
+    /// paid once for all of them. `sequences` are their lengths.
+    ///
+    /// # Errors
+    /// Never for dense layers; those of [`Self::layer_forward`] for a mixture of experts, whose sequences run one by one.
+    ///
+    /// # Panics
+    /// There is no such layer, or the lengths do not agree.
+    pub fn layer_forward_sequences(&self, layer: usize, x: &mut [f32], sequences: &[usize]) -> Result<()> {
+        let d = self.config.hidden_size;
+        assert_eq!(
+            x.len(),
+            sequences.iter().sum::<usize>() * d,
+            "tokens of all sequences"
+        );
+        let Some((pass, mlp)) = self.pass(layer, sequences) else {
+            let mut cache = KvCache::new(&self.config, sequences.iter().copied().max().unwrap_or(0));
+            let mut rest = x;
+            for tokens in sequences {
+                let (sequence, tail) = rest.split_at_mut(tokens * d);
+                self.layer_forward(layer, sequence, &mut cache, 0, &mut ())?;
+                rest = tail;
+            }
+            return Ok(());
+        };
+        let attention = pass.attention_forward(x);
+        let this = pass.layer;
+        pass.add(
+            &this.attn_norm,
+            this.attn_post_norm.as_ref(),
+            &attention.output,
+            x,
+        );
+        let feed = pass.mlp_forward(mlp, x);
+        pass.add(&this.mlp_norm, this.mlp_post_norm.as_ref(), &feed.output, x);
+        Ok(())
+    }
+
+    /// A pass through a dense layer; `None` for a mixture of experts.
+    fn pass<'a>(&'a self, layer: usize, sequences: &'a [usize]) -> Option<(Pass<'a>, &'a Mlp)> {
+        let this = &self.layers[layer];
+        let Feed::Dense(mlp) = &this.feed else {
+            return None;
+        };
+        let pass = Pass {
+            config: &self.config,
+            weights: &self.weights,
+            layer: this,
+            window: self.config.window(layer),
+            rope: self.rope_table(layer, sequences),
+            sequences,
+        };
+        Some((pass, mlp))
+    }
+
     /// Takes the gradient `g [T, d]` back through a layer: from its output to its input `x [T, d]`. `sequences` are the lengths of the
     /// independent sequences that `x` holds one after the other.
     ///
@@ -88,21 +144,13 @@ impl Model {
             "tokens of all sequences"
         );
         assert_eq!(x.len(), g.len(), "one gradient per value");
-        let this = &self.layers[layer];
-        let Feed::Dense(mlp) = &this.feed else {
+        let Some((pass, mlp)) = self.pass(layer, sequences) else {
             return Err(ModelError::Unsupported {
                 architecture: self.config.architecture.clone(),
                 what: "the reverse pass of a mixture of experts".into(),
             });
         };
-        let pass = Pass {
-            config: &self.config,
-            weights: &self.weights,
-            layer: this,
-            window: self.config.window(layer),
-            rope: self.rope_table(layer, sequences),
-            sequences,
-        };
+        let this = pass.layer;
         let attention = pass.attention_forward(x);
         let mut middle = x.to_vec();
         pass.add(
