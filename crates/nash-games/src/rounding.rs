@@ -146,6 +146,7 @@ pub fn play(
     problem.check(grid, codes)?;
     let (n, groups) = (problem.cols, Grid::groups(problem.cols));
     let levels = Levels::new(&grid.codebook);
+    let diagonal = is_diagonal(problem.hessian, n);
     // The kernels' own pool: products inside of a task then run on the task's thread.
     let mut jobs: Vec<Job<'_>> = codes
         .chunks_mut((n * ROWS_PER_CHUNK).max(1))
@@ -164,6 +165,7 @@ pub fn play(
         let job = &mut job[0];
         let row_steps: Vec<f32> = job.row_scales.iter().map(|s| s.to_f32() * SCALE_UNIT).collect();
         let mut chunk = Chunk::new(job.weights, problem.hessian, n, &levels, row_steps);
+        chunk.diagonal = diagonal;
         job.trace = chunk.play(job.codes, job.scale_codes, rule);
     });
     let mut trace = Trace::default();
@@ -171,6 +173,14 @@ pub fn play(
         trace.merge(&job.trace);
     }
     Ok(trace)
+}
+
+/// Whether nothing couples the players of a row: a table that is only looked up has the identity for its Hessian.
+fn is_diagonal(hessian: &[f32], n: usize) -> bool {
+    hessian
+        .chunks(n)
+        .enumerate()
+        .all(|(i, row)| row.iter().enumerate().all(|(j, &h)| i == j || h == 0.0))
 }
 
 /// A few rows to be played, and what happened.
@@ -187,6 +197,8 @@ struct Chunk<'a> {
     weights: &'a [f32],
     hessian: &'a [f32],
     n: usize,
+    /// H is diagonal: `R = Δ∘diag H`, without a product.
+    diagonal: bool,
     levels: &'a Levels,
     /// Value of one (scale code × codebook unit) per row.
     row_steps: Vec<f32>,
@@ -214,6 +226,7 @@ impl<'a> Chunk<'a> {
             weights,
             hessian,
             n,
+            diagonal: false,
             levels,
             row_steps,
             delta: zeros(),
@@ -253,6 +266,14 @@ impl<'a> Chunk<'a> {
                 let step = row_step * f32::from(scale_codes[r * groups + c / GROUP]);
                 self.delta[r * n + c] = step * self.levels.value(codes[r * n + c]) - self.weights[r * n + c];
             }
+        }
+        if self.diagonal {
+            for (r, d) in self.residual.chunks_mut(n).zip(self.delta.chunks(n)) {
+                for (c, (r, d)) in r.iter_mut().zip(d).enumerate() {
+                    *r = d * self.hessian[c * n + c];
+                }
+            }
+            return;
         }
         let rows = self.row_steps.len();
         let h = MatRef::row_major(self.hessian, n, n);
@@ -317,6 +338,15 @@ impl<'a> Chunk<'a> {
     /// `R += change · H[block, :]` for the rows that moved in this block.
     fn propagate(&mut self, start: usize, len: usize, moved: &[bool]) {
         let n = self.n;
+        if self.diagonal {
+            let changes = self.change.chunks(GROUP);
+            for (residual, change) in self.residual.chunks_mut(n).zip(changes) {
+                for (c, (r, d)) in residual[start..start + len].iter_mut().zip(change).enumerate() {
+                    *r += d * self.hessian[(start + c) * n + start + c];
+                }
+            }
+            return;
+        }
         let h = MatRef::row_major(&self.hessian[start * n..(start + len) * n], len, n);
         let rows: Vec<usize> = (0..moved.len()).filter(|&r| moved[r]).collect();
         if rows.len() == moved.len() {

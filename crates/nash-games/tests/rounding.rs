@@ -134,6 +134,31 @@ fn sequential_rounding_with_a_diagonal_hessian_is_rounding_to_nearest() {
 }
 
 #[test]
+fn uncoupled_players_move_as_coupled_ones_would() {
+    let (w, h) = instance(40, 100, 11);
+    let mut diagonal: Vec<f32> = vec![0.0; h.len()];
+    (0..100).for_each(|i| diagonal[i * 101] = h[i * 101]);
+    // An entry that is not zero but too small to change anything takes the way of the full products.
+    let mut coupled = diagonal.clone();
+    coupled[99] = 1e-30;
+    coupled[99 * 100] = 1e-30;
+    let played = |hessian: &[f32]| {
+        let problem = Problem {
+            weights: &w,
+            cols: 100,
+            hessian,
+        };
+        let mut grid = fitted(problem, 3);
+        let mut codes = grid.nearest_codes(&w, 100);
+        let trace = play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
+        assert!(trace.settled() && trace.moves[0] > 0, "{trace:?}");
+        assert_eq!(certify_rounding(problem, &grid, &codes, 1).unwrap().unsettled, 0);
+        (grid, codes)
+    };
+    assert_eq!(played(&diagonal), played(&coupled));
+}
+
+#[test]
 fn an_indefinite_hessian_is_an_error() {
     assert_eq!(
         Leadership::new(&[1.0, 2.0, 2.0, 1.0], 2).unwrap_err(),
