@@ -65,7 +65,7 @@ pub enum EvalError {
     },
     /// A question, with its examples, is longer than the model's positions.
     #[error(
-        "the question of line {line} has {tokens} tokens with its examples, the model {limit} positions; use fewer --shots"
+        "the question of line {line} has {tokens} tokens, its examples included; the model has {limit} positions"
     )]
     PromptTooLong {
         /// Line of the question in its file.
