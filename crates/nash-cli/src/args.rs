@@ -51,6 +51,7 @@ pub(crate) enum Command {
     Demo(commands::demo::Demo),
     Compress(commands::compress::Compress),
     Eval(commands::eval::Eval),
+    Glue(commands::glue::Glue),
     Run(commands::run::Run),
     Chat(commands::chat::Chat),
     Inspect(commands::inspect::Inspect),

@@ -63,6 +63,34 @@ pub enum EvalError {
         /// The logit.
         value: f32,
     },
+    /// A question, with its examples, is longer than the model's positions.
+    #[error(
+        "the question of line {line} has {tokens} tokens, its examples included; the model has {limit} positions"
+    )]
+    PromptTooLong {
+        /// Line of the question in its file.
+        line: usize,
+        /// Tokens to be read.
+        tokens: usize,
+        /// Positions of the model.
+        limit: usize,
+    },
+    /// A question whose prompt has no token that could predict the answer.
+    #[error("the question of line {line} is empty for this tokenizer")]
+    NothingToScore {
+        /// Line of the question in its file.
+        line: usize,
+    },
+    /// A logit that scores an answer is NaN or infinite.
+    #[error("the logit of token {token} after the question of line {line} is {value}: the model is damaged")]
+    NonFiniteAnswer {
+        /// Line of the question in its file.
+        line: usize,
+        /// Token whose logit it is.
+        token: usize,
+        /// The logit.
+        value: f32,
+    },
     /// A speed measurement with nothing to measure.
     #[error(
         "nothing to measure: prompt tokens, generated tokens and repeats are {prompt}, {generate}, {repeats}"
@@ -78,6 +106,9 @@ pub enum EvalError {
     /// The caller asked to stop.
     #[error("stopped")]
     Cancelled,
+    /// A text cannot be tokenised.
+    #[error("cannot tokenise a question")]
+    Encode(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The model failed.
     #[error("the model failed")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -87,5 +118,10 @@ impl EvalError {
     /// Wraps an error of a model.
     pub fn model(error: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Model(Box::new(error))
+    }
+
+    /// Wraps an error of a tokenizer.
+    pub fn encode(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Encode(Box::new(error))
     }
 }

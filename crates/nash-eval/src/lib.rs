@@ -1,10 +1,12 @@
-//! Measurements of a language model: perplexity, KL divergence to a reference, speed and memory.
+//! Measurements of a language model: perplexity, KL divergence to a reference, answers to questions, speed and
+//! memory.
 //!
 //! Everything here sees a model through [`Scorer`], so that a measurement never knows how a weight was
 //! compressed and tests can use a table of logits in place of a model.
 //!
 //! - [`Windows`]: the text windows and positions that `llama-perplexity` scores.
 //! - [`perplexity`], [`compare()`]: one pass over the windows, logits in row blocks, sums in `f64`.
+//! - [`glue`]: sentence tasks by log-likelihood; accuracy, F1, Matthews correlation, agreement.
 //! - [`speed()`], [`read_bandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
 //! - [`report`]: the serialisable results; their field names are stable, scripts rely on them.
 //!
@@ -13,6 +15,7 @@
 mod bandwidth;
 mod compare;
 mod error;
+pub mod glue;
 pub mod memory;
 mod model;
 pub mod report;
@@ -26,8 +29,8 @@ pub use bandwidth::read_bandwidth;
 pub use compare::{Progress, compare, perplexity};
 pub use error::EvalError;
 pub use model::ModelScorer;
-pub use report::{ComparisonReport, PerplexityReport, SpeedReport};
-pub use scorer::{Decoder, Scorer};
+pub use report::{ComparisonReport, PerplexityReport, SpeedReport, TaskReport};
+pub use scorer::{Decoder, PrefixScorer, Scorer};
 pub use softmax::{KlRow, kl_row, log_sum_exp};
 pub use speed::{SpeedOptions, speed};
 pub use windows::{Window, Windows};

@@ -3,7 +3,7 @@
 use nash_models::{KvCache, Model, Site};
 
 use crate::EvalError;
-use crate::scorer::{Decoder, Scorer};
+use crate::scorer::{Decoder, PrefixScorer, Scorer};
 
 /// A model with a KV cache of its own.
 #[derive(Debug)]
@@ -80,11 +80,7 @@ impl Scorer for ModelScorer<'_> {
     }
 }
 
-impl Decoder for ModelScorer<'_> {
-    fn vocab(&self) -> usize {
-        self.model.config().vocab_size
-    }
-
+impl PrefixScorer for ModelScorer<'_> {
     fn restart(&mut self, capacity: usize) -> Result<(), EvalError> {
         let limit = self.model.config().context_length;
         if capacity > limit {
@@ -94,11 +90,28 @@ impl Decoder for ModelScorer<'_> {
         Ok(())
     }
 
-    fn feed(&mut self, tokens: &[u32]) -> Result<(), EvalError> {
-        let hidden = self
-            .model
+    fn keep_common_prefix(&mut self, tokens: &[u32]) -> usize {
+        self.cache.keep_common_prefix(tokens)
+    }
+
+    fn read_on(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EvalError> {
+        self.model
             .forward(tokens, &mut self.cache, &mut ())
-            .map_err(EvalError::model)?;
+            .map_err(EvalError::model)
+    }
+}
+
+impl Decoder for ModelScorer<'_> {
+    fn vocab(&self) -> usize {
+        self.model.config().vocab_size
+    }
+
+    fn restart(&mut self, capacity: usize) -> Result<(), EvalError> {
+        PrefixScorer::restart(self, capacity)
+    }
+
+    fn feed(&mut self, tokens: &[u32]) -> Result<(), EvalError> {
+        let hidden = self.read_on(tokens)?;
         let width = self.model.config().hidden_size;
         self.last.resize(self.model.config().vocab_size, 0.0);
         self.model

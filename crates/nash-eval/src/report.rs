@@ -100,6 +100,61 @@ pub struct SpeedReport {
     pub bandwidth_share: Option<f64>,
 }
 
+/// Answers of a model to the questions of a task. Intervals are 95 % percentile-bootstrap intervals over the questions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskReport {
+    /// Name of the task.
+    pub task: String,
+    /// Examples shown before each question.
+    pub shots: usize,
+    /// Questions answered.
+    pub examples: usize,
+    /// Seed of examples, questions and resamples.
+    pub seed: u64,
+    /// Share of right answers.
+    pub accuracy: f64,
+    /// Lower end of its interval.
+    pub accuracy_low: f64,
+    /// Upper end of its interval.
+    pub accuracy_high: f64,
+    /// F1 of label 1; tasks with two answers only, as the Matthews correlation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub f1: Option<f64>,
+    /// Lower end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub f1_low: Option<f64>,
+    /// Upper end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub f1_high: Option<f64>,
+    /// Matthews correlation of answers and labels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub matthews: Option<f64>,
+    /// Lower end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub matthews_low: Option<f64>,
+    /// Upper end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub matthews_high: Option<f64>,
+    /// Share of answers that are the reference's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<f64>,
+    /// Lower end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agreement_low: Option<f64>,
+    /// Upper end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agreement_high: Option<f64>,
+    /// Accuracy less the reference's, on the same questions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_change: Option<f64>,
+    /// Lower end of its interval, which is paired: both answer the same resampled questions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_change_low: Option<f64>,
+    /// Upper end of its interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy_change_high: Option<f64>,
+}
+
 /// One model, method or size of a report; absent measurements are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -114,6 +169,9 @@ pub struct Row {
     /// Perplexity of a model that was compared with nothing.
     #[serde(flatten)]
     pub perplexity: Option<PerplexityReport>,
+    /// Answers to the questions of a task.
+    #[serde(flatten)]
+    pub answers: Option<TaskReport>,
     /// Speed.
     #[serde(flatten)]
     pub speed: Option<SpeedReport>,

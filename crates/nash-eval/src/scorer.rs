@@ -26,6 +26,24 @@ pub trait Scorer {
     fn logits(&mut self, hidden: &[f32], out: &mut [f32]) -> Result<(), EvalError>;
 }
 
+/// A [`Scorer`] that remembers what it has read, so that sequences with the same beginning cost that beginning once.
+pub trait PrefixScorer: Scorer {
+    /// Forgets the sequence so far and makes room for `capacity` tokens.
+    ///
+    /// # Errors
+    /// If the model has fewer positions.
+    fn restart(&mut self, capacity: usize) -> Result<(), EvalError>;
+
+    /// Forgets what does not agree with `tokens`, and what follows them; the number of tokens that are kept.
+    fn keep_common_prefix(&mut self, tokens: &[u32]) -> usize;
+
+    /// Appends `tokens` to the sequence; their final hidden states `[T, d]`, row-major.
+    ///
+    /// # Errors
+    /// [`EvalError::Model`] if the model fails.
+    fn read_on(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EvalError>;
+}
+
 /// A model that generates, for speed measurements.
 pub trait Decoder {
     /// Tokens in the vocabulary.

@@ -6,6 +6,7 @@ pub(crate) mod completions;
 pub(crate) mod compress;
 pub(crate) mod demo;
 pub(crate) mod eval;
+pub(crate) mod glue;
 pub(crate) mod inspect;
 pub(crate) mod list;
 pub(crate) mod man;
@@ -24,6 +25,7 @@ pub(crate) fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Demo(demo) => demo.run(&ui),
         Command::Compress(compress) => compress.run(&ui),
         Command::Eval(eval) => eval.run(&ui),
+        Command::Glue(glue) => glue.run(&ui),
         Command::Run(run) => run.run(&ui),
         Command::Chat(chat) => chat.run(&ui),
         Command::Inspect(inspect) => inspect.run(),

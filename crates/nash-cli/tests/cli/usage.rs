@@ -9,6 +9,7 @@ fn help() {
         "demo",
         "compress",
         "eval",
+        "glue",
         "run",
         "chat",
         "inspect",
@@ -40,6 +41,7 @@ fn mistakes_in_the_command_line_exit_with_2() {
         ("bad_size", &["compress", "x", "-o", "y", "--size", "4 parsecs"]),
         ("no_output", &["compress", "x"]),
         ("no_shape", &["plan"]),
+        ("unknown_task", &["glue", "x", "--data", "y", "--task", "qnli"]),
         ("bad_preset", &["plan", "--preset", "gpt9"]),
     ] {
         let told = failure(args);
