@@ -64,6 +64,7 @@ pub(crate) fn load(name: &Path, ui: &Ui) -> anyhow::Result<Loaded> {
     let model = Model::load(&file).with_context(|| format!("cannot load {}", path.display()))?;
     let tokenizer = Tokenizer::from_model(&file)
         .with_context(|| format!("cannot read the tokenizer of {}", path.display()))?;
+    nash_kernels::heap::release_free_pages();
     let load_seconds = start.elapsed().as_secs_f64();
     ui.finish();
     Ok(Loaded {

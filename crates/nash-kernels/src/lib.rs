@@ -8,7 +8,8 @@
 //! * [`Activations`]: inputs `x [T, n]` as int8 with a scale per token and group;
 //! * [`matmul`]: `y [T, m] = x Wᵀ`, **bit-identical for every thread count and every [`Isa`]**;
 //! * [`dense`]: float matrix products with results independent of the thread count;
-//! * [`pool`]: the threads behind both.
+//! * [`pool`]: the threads behind both;
+//! * [`heap`]: memory back to the system.
 //!
 //! Shapes: `T` tokens, `m` rows (outputs), `n` columns (inputs); all matrices row-major.
 //!
@@ -18,6 +19,7 @@
 mod activations;
 mod codec;
 pub mod dense;
+pub mod heap;
 mod isa;
 mod layout;
 mod matmul;
