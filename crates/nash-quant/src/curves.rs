@@ -67,9 +67,15 @@ impl Session<'_> {
         let mut curves = Vec::with_capacity(group.len());
         let mut changes: Vec<(&str, Arc<dyn Linear>)> = Vec::new();
         for info in group {
-            curves.push(self.curve(info)?);
+            let (weights, hessian) = (self.weights(info)?, self.hessian(info)?);
+            let problem = Problem {
+                weights: &weights,
+                cols: info.cols,
+                hessian: &hessian,
+            };
+            curves.push(self.curve(info, problem)?);
             if measures {
-                changes.push((&info.name, self.rounded_to_reference(info)?));
+                changes.push((&info.name, self.rounded_to_reference(info, problem)?));
             }
         }
         if !measures {
@@ -106,17 +112,21 @@ impl Session<'_> {
     }
 
     /// Layer errors of one linear, and its predicted KL divergence if there are gradients.
-    fn curve(&self, info: &LinearInfo) -> Result<Curve, QuantError> {
+    fn curve(&self, info: &LinearInfo, whole: Problem<'_>) -> Result<Curve, QuantError> {
         let n = info.cols;
-        let weights = self.weights(info)?;
-        let hessian = self.hessian(info)?;
         let sensitivity = self.sensitivity(info)?;
         let rows = match sensitivity {
             Some(_) => CURVE_ROWS.max(info.rows / WEIGHTED_SHARE),
             None => CURVE_ROWS,
         };
         let stride = info.rows.div_ceil(rows);
-        let mut sample: Vec<f32> = weights.chunks(n).step_by(stride).flatten().copied().collect();
+        let mut sample: Vec<f32> = whole
+            .weights
+            .chunks(n)
+            .step_by(stride)
+            .flatten()
+            .copied()
+            .collect();
         if let Some(s) = &sensitivity {
             // Rows scaled by the root of their weight make the layer error a sum weighted by row.
             for (row, weight) in sample.chunks_mut(n).zip(s.rows.iter().step_by(stride)) {
@@ -126,8 +136,7 @@ impl Session<'_> {
         }
         let problem = Problem {
             weights: &sample,
-            cols: n,
-            hessian: &hessian,
+            ..whole
         };
         let mut potential = Vec::new();
         for width in Width::ALL {
@@ -135,7 +144,7 @@ impl Session<'_> {
             potential.push(problem.potential(&rounded.grid, &rounded.codes));
         }
         let reference = reference_width();
-        let share = weights.len() as f64 / sample.len().max(1) as f64;
+        let share = whole.weights.len() as f64 / sample.len().max(1) as f64;
         Ok(Curve {
             kl_at_reference: sensitivity.map(|s| s.scale * share * potential[reference]),
             energy: problem.energy(),
@@ -145,13 +154,11 @@ impl Session<'_> {
     }
 
     /// The linear as it would be at the reference width.
-    fn rounded_to_reference(&self, info: &LinearInfo) -> Result<Arc<dyn Linear>, QuantError> {
-        let (weights, hessian) = (self.weights(info)?, self.hessian(info)?);
-        let problem = Problem {
-            weights: &weights,
-            cols: info.cols,
-            hessian: &hessian,
-        };
+    fn rounded_to_reference(
+        &self,
+        info: &LinearInfo,
+        problem: Problem<'_>,
+    ) -> Result<Arc<dyn Linear>, QuantError> {
         let width = Width::ALL[reference_width()];
         let rounded = round(&info.name, problem, self.rounding(width, CURVE_SWEEPS))?;
         let values = rounded.grid.dequantize(info.cols, &rounded.codes);
