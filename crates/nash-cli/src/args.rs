@@ -92,6 +92,24 @@ impl ModelArg {
     }
 }
 
+/// The models of a command, as positions or as `-m`.
+#[derive(Debug, Args)]
+pub(crate) struct ModelsArg {
+    /// Models to measure
+    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
+    models: Vec<PathBuf>,
+    /// The same as MODEL
+    #[arg(short = 'm', long = "model", value_name = "MODEL", hide_short_help = true)]
+    model_option: Vec<PathBuf>,
+}
+
+impl ModelsArg {
+    /// What was given, at least one.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.models.iter().chain(&self.model_option).map(PathBuf::as_path)
+    }
+}
+
 /// Number of threads of a command.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Threads {

@@ -8,7 +8,7 @@ use nash_eval::report::{Report, Row};
 use nash_eval::{ModelScorer, Scorer, Windows, memory};
 use nash_text::Tokenizer;
 
-use crate::args::{Json, Threads};
+use crate::args::{Json, ModelsArg, Threads};
 use crate::model::{self, Loaded};
 use crate::out::say;
 use crate::sizes::size_report;
@@ -27,12 +27,8 @@ use crate::{interrupt, texts};
   nashswarm eval small medium --reference model.gguf --chunks 20 --json report.json
   nashswarm eval model.gguf --text book.txt --ctx 2048        perplexity alone")]
 pub(crate) struct Eval {
-    /// Models to measure
-    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
-    models: Vec<PathBuf>,
-    /// The same as MODEL
-    #[arg(short = 'm', long = "model", value_name = "MODEL", hide_short_help = true)]
-    model_option: Vec<PathBuf>,
+    #[command(flatten)]
+    models: ModelsArg,
     /// Model that the others are compared with, usually the source they were made from
     #[arg(short, long, value_name = "SOURCE")]
     reference: Option<PathBuf>,
@@ -64,8 +60,7 @@ impl Eval {
         let text = text.as_deref().unwrap_or(texts::EVALUATION);
         let models = self
             .models
-            .iter()
-            .chain(&self.model_option)
+            .paths()
             .map(|path| model::load(path, ui))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let reference = self

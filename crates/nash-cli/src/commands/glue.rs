@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -12,7 +12,7 @@ use nash_eval::glue::{self, DataError, Quiz, Split, Task};
 use nash_eval::report::{Report, Row, TaskReport};
 use nash_eval::{EvalError, ModelScorer};
 
-use crate::args::{Json, Threads};
+use crate::args::{Json, ModelsArg, Threads};
 use crate::failure::Hint as _;
 use crate::interrupt;
 use crate::model::{self, Loaded};
@@ -38,12 +38,8 @@ use crate::ui::{Ui, Unit};
   nashswarm glue small medium --data glue --limit 200 --json report.json    a quick look
   nashswarm glue model.gguf --data . --task lambada                         last words")]
 pub(crate) struct Glue {
-    /// Models to measure
-    #[arg(value_name = "MODEL", required_unless_present = "model_option")]
-    models: Vec<PathBuf>,
-    /// The same as MODEL
-    #[arg(short = 'm', long = "model", value_name = "MODEL", hide_short_help = true)]
-    model_option: Vec<PathBuf>,
+    #[command(flatten)]
+    models: ModelsArg,
     /// Model whose answers the others are compared with, usually the source they were made from
     #[arg(short, long, value_name = "SOURCE")]
     reference: Option<PathBuf>,
@@ -79,12 +75,11 @@ impl Glue {
         self.threads.apply()?;
         // What is wrong with the data is told before models are loaded.
         let quizzes = self.quizzes(ui)?;
-        let load = |path: &PathBuf| model::load(path, ui);
-        let reference = self.reference.as_ref().map(load).transpose()?;
+        let load = |path: &Path| model::load(path, ui);
+        let reference = self.reference.as_deref().map(load).transpose()?;
         let models = self
             .models
-            .iter()
-            .chain(&self.model_option)
+            .paths()
             .map(load)
             .collect::<anyhow::Result<Vec<_>>>()?;
         let mut rows = Vec::new();
