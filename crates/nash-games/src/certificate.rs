@@ -38,11 +38,7 @@ pub fn certify_rounding(
 ) -> Result<RoundingCertificate, GameError> {
     problem.check(grid, codes)?;
     let (n, groups) = (problem.cols, Grid::groups(problem.cols));
-    let book: Vec<f64> = if grid.codebook.is_empty() {
-        (-128..128).map(|v: i32| f64::from(v.max(-127))).collect()
-    } else {
-        grid.codebook.iter().map(|&v| f64::from(v)).collect()
-    };
+    let book: Vec<f64> = grid.codebook.iter().map(|&v| f64::from(v)).collect();
     let rows: Vec<RowCheck> = (0..problem.rows())
         .into_par_iter()
         .step_by(stride.max(1))
@@ -52,6 +48,7 @@ pub fn certify_rounding(
                 codes: &codes[r * n..][..n],
                 scale_codes: &grid.scale_codes[r * groups..][..groups],
                 unit: f64::from(f16::to_f32(grid.row_scales[r])) / 16384.0,
+                bits: grid.width.bits(),
                 book: &book,
             };
             row.check(problem.hessian)
@@ -77,6 +74,7 @@ struct Row<'a> {
     codes: &'a [u8],
     scale_codes: &'a [i8],
     unit: f64,
+    bits: usize,
     book: &'a [f64],
 }
 
@@ -88,12 +86,41 @@ struct RowCheck {
 }
 
 impl Row<'_> {
+    /// The levels of whole groups of codes, read bit by bit from the stream that they make: the bits of a chain one after the other, six of them, from a code's first
+    /// on, being the index of its level.
+    fn levels(&self, codes: &[u8]) -> Vec<f64> {
+        let mut levels = vec![0.0; codes.len()];
+        if self.bits == 8 {
+            for (level, &code) in levels.iter_mut().zip(codes) {
+                *level = (f64::from(code) - 128.0).max(-127.0);
+            }
+            return levels;
+        }
+        for (levels, codes) in levels.chunks_mut(GROUP).zip(codes.chunks(GROUP)) {
+            for half in 0..2 {
+                let columns = || (0..codes.len()).filter(move |c| c / 8 % 2 == half);
+                // At most 32 codes of 6 bits: two words, the second of which starts at code 16.
+                let mut words = [0u128; 2];
+                for (s, c) in columns().enumerate() {
+                    words[s / 16] |= u128::from(codes[c]) << (self.bits * (s % 16));
+                }
+                for (s, c) in columns().enumerate() {
+                    let at = self.bits * (s % 16);
+                    let following = if s < 16 { words[1] << (16 * self.bits) } else { 0 };
+                    let index = ((words[s / 16] | following) >> at) as usize % 64;
+                    levels[c] = self.book[index];
+                }
+            }
+        }
+        levels
+    }
+
     fn check(&self, hessian: &[f32]) -> RowCheck {
         let n = self.weights.len();
         let step = |c: usize| self.unit * f64::from(self.scale_codes[c / GROUP]);
-        let level = |c: usize| self.book[usize::from(self.codes[c])];
+        let levels = self.levels(self.codes);
         let delta: Vec<f64> = (0..n)
-            .map(|c| step(c) * level(c) - f64::from(self.weights[c]))
+            .map(|c| step(c) * levels[c] - f64::from(self.weights[c]))
             .collect();
         let weights: Vec<f64> = self.weights.iter().map(|&w| f64::from(w)).collect();
         let residual = times_hessian(&delta, hessian);
@@ -106,19 +133,27 @@ impl Row<'_> {
             max_gain: 0.0,
             unsettled: 0,
         };
+        let mut group = self.codes.to_vec();
         for c in 0..n {
-            let h = f64::from(hessian[c * n + c]);
-            check.count(
-                h,
-                self.book.iter().map(|v| {
-                    let d = step(c) * (v - level(c));
-                    (d, -d * (2.0 * residual[c] + d * h))
-                }),
-            );
+            let (start, end) = (c / GROUP * GROUP, n.min((c / GROUP + 1) * GROUP));
+            let deviations = (0..1u32 << self.bits).map(|code| {
+                group[c] = code as u8;
+                let changed = self.levels(&group[start..end]);
+                group[c] = self.codes[c];
+                let d: Vec<(usize, f64)> = (start..end)
+                    .map(|i| (i, step(i) * (changed[i - start] - levels[i])))
+                    .filter(|(_, d)| *d != 0.0)
+                    .collect();
+                let h = |i: usize, j: usize| f64::from(hessian[i * n + j]);
+                let pull = |i: usize| d.iter().map(|&(j, dj)| h(i, j) * dj).sum::<f64>();
+                let change: f64 = d.iter().map(|&(i, di)| di * (2.0 * residual[i] + pull(i))).sum();
+                (d.iter().map(|&(i, di)| h(i, i) * di * di).sum(), -change)
+            });
+            check.count(deviations);
         }
         for g in 0..self.scale_codes.len() {
             let (start, end) = (g * GROUP, n.min((g + 1) * GROUP));
-            let v: Vec<f64> = (start..end).map(|c| self.unit * level(c)).collect();
+            let v: Vec<f64> = levels[start..end].iter().map(|l| self.unit * l).collect();
             let slope: f64 = v
                 .iter()
                 .zip(&residual[start..end])
@@ -132,13 +167,10 @@ impl Row<'_> {
             if self.scale_codes[g] == 0 {
                 continue; // A group of zeros has no scale to choose.
             }
-            check.count(
-                curvature,
-                (1..=127).map(|code| {
-                    let d = f64::from(code) - f64::from(self.scale_codes[g]);
-                    (d, -d * (slope + d * curvature))
-                }),
-            );
+            check.count((1..=127).map(|code| {
+                let d = f64::from(code) - f64::from(self.scale_codes[g]);
+                (curvature * d * d, -d * (slope + d * curvature))
+            }));
         }
         check
     }
@@ -158,13 +190,13 @@ fn times_hessian(v: &[f64], hessian: &[f32]) -> Vec<f64> {
 }
 
 impl RowCheck {
-    /// Notes one player's deviations, given as (distance, gain); `curvature` is the player's second derivative of Φ / 2.
-    fn count(&mut self, curvature: f64, deviations: impl Iterator<Item = (f64, f64)>) {
+    /// Notes one player's deviations, given as (size, gain): the size is `Σ h d²` over the values that change by `d`.
+    fn count(&mut self, deviations: impl Iterator<Item = (f64, f64)>) {
         let mut unsettled = false;
-        for (d, gain) in deviations {
+        for (size, gain) in deviations {
             self.max_gain = self.max_gain.max(gain);
             // Twice the solver's threshold: its f32 residual may hide gains just above it.
-            unsettled |= gain > 2.0 * f64::from(MIN_GAIN) * curvature * d * d;
+            unsettled |= gain > 2.0 * f64::from(MIN_GAIN) * size;
         }
         self.unsettled += u64::from(unsettled);
     }

@@ -6,11 +6,12 @@
 //! result does not depend on the number of threads.
 
 use half::f16;
-use nash_kernels::{GROUP, SCALE_UNIT, Width};
+use nash_kernels::{GROUP, SCALE_UNIT, WINDOW_BITS, Width};
 use rayon::prelude::*;
 
 use crate::error::{GameError, check_len};
 use crate::grid::{Grid, MAX_LEVEL, inverse_or_zero};
+use crate::trellis::{self, TABLE};
 
 /// Bins of the histogram over `w / scale` in [−1, 1].
 const BINS: usize = 2048;
@@ -22,8 +23,11 @@ const LLOYD_ITERATIONS: usize = 60;
 pub enum LevelKind {
     /// Equally spaced, symmetric about zero: the grid of round-to-nearest and GPTQ baselines.
     Uniform,
-    /// Fitted to the tensor by weighted Lloyd.
+    /// A level for every code, fitted to the tensor by weighted Lloyd.
     Codebook,
+    /// A value for every window of six bits, fitted likewise: trellis-coded quantization. At 6 and 8 bits the same as [`Codebook`](Self::Codebook),
+    /// because there are no bits left to share.
+    Trellis,
 }
 
 /// How to fit a grid.
@@ -44,11 +48,17 @@ pub struct FitOptions {
 pub fn fit_grid(weights: &[f32], cols: usize, h: &[f32], options: FitOptions) -> Result<Grid, GameError> {
     check_len("the column importance", cols, h.len())?;
     check_len("the weights", weights.len() / cols.max(1) * cols, weights.len())?;
+    let bits = options.width.bits();
+    if options.levels == LevelKind::Trellis && bits < WINDOW_BITS {
+        let (trellis, scales) = trellis::fit(weights, cols, h, bits, options.rounds);
+        let (codebook, unit) = integers(trellis.table());
+        return Ok(encode_scales(options.width, codebook, unit, &scales, Grid::groups(cols)));
+    }
     let mut scales = largest_magnitudes(weights, cols);
     let mut levels = uniform_levels(options.width);
     let identity = options.width.bits() == 8;
     for round in 0..options.rounds {
-        if options.levels == LevelKind::Codebook && !identity {
+        if options.levels != LevelKind::Uniform && !identity {
             levels = lloyd(&histogram(weights, cols, h, &scales), levels);
         }
         search_scales(weights, cols, h, &levels, factors(&levels, round), &mut scales);
@@ -225,17 +235,23 @@ fn nearest_values(w: &[f32], levels: &[f32], s: f32) -> [f32; GROUP] {
     v
 }
 
-/// Integer codebook in strictly ascending order, and the value of one of its units relative to the group scale.
-fn integer_codebook(levels: &[f32], identity: bool) -> (Vec<i8>, f32) {
-    let largest = levels
+/// Levels or table entries as integers, and the value of one unit.
+fn integers(values: &[f32]) -> (Vec<i8>, f32) {
+    let largest = values
         .iter()
         .fold(0.0f32, |a, l| a.max(l.abs()))
         .max(f32::MIN_POSITIVE);
     let unit = largest / MAX_LEVEL;
+    (values.iter().map(|v| (v / unit).round() as i8).collect(), unit)
+}
+
+/// Integer codebook whose own levels are in strictly ascending order, and the value of one of its units relative to the group scale.
+fn integer_codebook(levels: &[f32], identity: bool) -> (Vec<i8>, f32) {
+    let (book, unit) = integers(levels);
     if identity {
         return (Vec::new(), unit);
     }
-    let mut book: Vec<i32> = levels.iter().map(|l| (l / unit).round() as i32).collect();
+    let mut book: Vec<i32> = book.into_iter().map(i32::from).collect();
     // Levels that fall together after rounding are pushed apart, first upwards and then down from the top.
     for i in 1..book.len() {
         book[i] = book[i].max(book[i - 1] + 1);
@@ -245,7 +261,7 @@ fn integer_codebook(levels: &[f32], identity: bool) -> (Vec<i8>, f32) {
     for i in (0..last).rev() {
         book[i] = book[i].min(book[i + 1] - 1);
     }
-    (book.into_iter().map(|v| v as i8).collect(), unit)
+    (book.iter().cycle().take(TABLE).map(|&v| v as i8).collect(), unit)
 }
 
 /// Splits group scales into a row scale and codes 1..=127 (0 for a group of zeros).
@@ -287,7 +303,7 @@ mod tests {
 
     fn error(w: &[f32], cols: usize, options: FitOptions) -> f64 {
         let grid = fit_grid(w, cols, &vec![1.0; cols], options).unwrap();
-        let v = grid.dequantize(cols, &grid.nearest_codes(w, cols));
+        let v = grid.dequantize(cols, &grid.nearest_codes(w, &vec![1.0; cols]));
         let energy: f64 = w.iter().map(|w| f64::from(w * w)).sum();
         w.iter()
             .zip(v)
@@ -366,7 +382,7 @@ mod tests {
             },
         )
         .unwrap();
-        let v = grid.dequantize(64, &grid.nearest_codes(&w, 64));
+        let v = grid.dequantize(64, &grid.nearest_codes(&w, &[1.0; 64]));
         for (r, (w, v)) in w.chunks(64).zip(v.chunks(64)).enumerate() {
             let step = grid.step(r, 0, 1);
             for (a, b) in w.iter().zip(v) {
@@ -392,7 +408,7 @@ mod tests {
             },
         )
         .unwrap();
-        let v = grid.dequantize(128, &grid.nearest_codes(&w, 128));
+        let v = grid.dequantize(128, &grid.nearest_codes(&w, &[1.0; 128]));
         assert!(v[..64].iter().chain(&v[256..]).all(|&v| v == 0.0));
     }
 

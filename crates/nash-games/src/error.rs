@@ -28,6 +28,9 @@ pub enum GameError {
         /// Rows and columns of the Hessian.
         size: usize,
     },
+    /// Sequential rounding on a grid whose values depend on more than one code.
+    #[error("leader–follower rounding needs a scalar grid: use scalar codebooks, or the nearest start")]
+    NotScalar,
     /// The cheapest profile is larger than the budget.
     #[error("the budget of {budget} bytes is below the smallest possible size, {smallest} bytes")]
     BudgetTooSmall {

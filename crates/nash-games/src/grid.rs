@@ -1,10 +1,13 @@
 //! The grid a tensor is rounded to: `ŵ[r, c] = row_scale[r] · 2⁻¹⁴ · scale_code[r, g] · codebook[code]`, `g = c / 64`.
 //!
-//! The codebook is kept in ascending order, so that the nearest level is found by bisection and the map
-//! from value to code is monotone. 8-bit grids have no codebook: the level of code `k` is `k − 128`.
+//! A codebook is indexed by windows of six bits ([`crate::trellis`]). If its entries depend on a weight's own code only, and in ascending
+//! order, the grid is *scalar*: the nearest level is found by bisection. 8-bit grids have no codebook: the level of code `k` is `k − 128`.
 
 use half::f16;
 use nash_kernels::{GROUP, SCALE_UNIT, Width};
+use rayon::prelude::*;
+
+use crate::trellis::{self, TABLE, Trellis};
 
 /// Largest magnitude of a codebook entry and of a scale code.
 pub const MAX_LEVEL: f32 = 127.0;
@@ -62,12 +65,50 @@ impl Levels {
     }
 }
 
+/// What codes are worth, in codebook units.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Book {
+    /// A value for every code.
+    Scalar(Levels),
+    /// A value for every window of six bits.
+    Trellis(Trellis),
+}
+
+impl Book {
+    /// The book of a stored codebook: 64 entries by window, or none at 8 bits.
+    pub fn new(width: Width, codebook: &[i8]) -> Self {
+        let own = &codebook[..codebook.len().min(width.levels())];
+        let repeats = codebook.chunks(width.levels()).all(|part| part == own);
+        if repeats && own.is_sorted() {
+            return Book::Scalar(Levels::new(own));
+        }
+        let table: [f32; TABLE] =
+            std::array::from_fn(|i| codebook.get(i).copied().map_or(0.0, f32::from));
+        Book::Trellis(Trellis::new(width.bits(), table))
+    }
+
+    /// The values of the codes of one group, up to 64; zero beyond them.
+    #[inline(always)]
+    pub fn values(&self, codes: &[u8]) -> [f32; GROUP] {
+        match self {
+            Book::Scalar(levels) => {
+                let mut values = [0.0; GROUP];
+                for (value, &code) in values.iter_mut().zip(codes) {
+                    *value = levels.value(code);
+                }
+                values
+            }
+            Book::Trellis(trellis) => trellis.values(codes),
+        }
+    }
+}
+
 /// Everything but the codes: what a packed tensor stores beside them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grid {
     /// Bits per code.
     pub width: Width,
-    /// `2^width` levels in ascending order within ±127; empty for 8 bits.
+    /// The values of the 64 windows, within ±127; empty for 8 bits.
     pub codebook: Vec<i8>,
     /// One scale per row, `[m]`.
     pub row_scales: Vec<f16>,
@@ -87,31 +128,36 @@ impl Grid {
         self.row_scales[r].to_f32() * SCALE_UNIT * f32::from(self.scale_codes[r * groups + g])
     }
 
+    /// What codes are worth on this grid.
+    pub fn book(&self) -> Book {
+        Book::new(self.width, &self.codebook)
+    }
+
     /// Writes row `r` of `Ŵ` (`[n]`) for the codes of that row.
-    pub fn dequantize_row(&self, levels: &Levels, r: usize, codes: &[u8], out: &mut [f32]) {
+    pub fn dequantize_row(&self, book: &Book, r: usize, codes: &[u8], out: &mut [f32]) {
         let groups = Self::groups(codes.len());
         for (g, (codes, out)) in codes.chunks(GROUP).zip(out.chunks_mut(GROUP)).enumerate() {
             let step = self.step(r, g, groups);
-            for (o, &c) in out.iter_mut().zip(codes) {
-                *o = step * levels.value(c);
+            for (o, value) in out.iter_mut().zip(book.values(codes)) {
+                *o = step * value;
             }
         }
     }
 
     /// `Ŵ [m, n]` for the given codes.
     pub fn dequantize(&self, cols: usize, codes: &[u8]) -> Vec<f32> {
-        let levels = Levels::new(&self.codebook);
+        let book = self.book();
         let mut out = vec![0.0; codes.len()];
         for (r, (c, o)) in codes.chunks(cols).zip(out.chunks_mut(cols)).enumerate() {
-            self.dequantize_row(&levels, r, c, o);
+            self.dequantize_row(&book, r, c, o);
         }
         out
     }
 
-    /// Nearest code of every weight, `[m, n]`: round to nearest on this grid.
-    pub fn nearest_codes(&self, weights: &[f32], cols: usize) -> Vec<u8> {
-        use rayon::prelude::*;
-        let levels = Levels::new(&self.codebook);
+    /// The codes `[m, n]` that minimise `Σ h (w − ŵ)²` on this grid for column importances `h [n]`: round to nearest. On a scalar grid every weight takes
+    /// its nearest level, whatever `h`.
+    pub fn nearest_codes(&self, weights: &[f32], h: &[f32]) -> Vec<u8> {
+        let (cols, book) = (h.len(), self.book());
         let groups = Self::groups(cols);
         let mut codes = vec![0; weights.len()];
         codes
@@ -119,10 +165,20 @@ impl Grid {
             .zip(weights.par_chunks(cols))
             .enumerate()
             .for_each(|(r, (codes, w))| {
-                for (g, (codes, w)) in codes.chunks_mut(GROUP).zip(w.chunks(GROUP)).enumerate() {
-                    let inverse = inverse_or_zero(self.step(r, g, groups));
-                    for (c, &w) in codes.iter_mut().zip(w) {
-                        *c = levels.nearest(w * inverse);
+                let row = codes.chunks_mut(GROUP).zip(w.chunks(GROUP)).zip(h.chunks(GROUP));
+                for (g, ((codes, w), h)) in row.enumerate() {
+                    let step = self.step(r, g, groups);
+                    match &book {
+                        Book::Scalar(levels) => {
+                            let inverse = inverse_or_zero(step);
+                            for (c, &w) in codes.iter_mut().zip(w) {
+                                *c = levels.nearest(w * inverse);
+                            }
+                        }
+                        Book::Trellis(trellis) => {
+                            let nearest = pulp::Arch::new().dispatch(|| trellis::nearest(w, h, trellis, step));
+                            codes.copy_from_slice(&nearest[..codes.len()]);
+                        }
                     }
                 }
             });

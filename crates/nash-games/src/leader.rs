@@ -10,7 +10,7 @@ use nash_kernels::{GROUP, pool};
 use rayon::prelude::*;
 
 use crate::error::GameError;
-use crate::grid::{Grid, Levels, inverse_or_zero};
+use crate::grid::{Book, Grid, Levels, inverse_or_zero};
 use crate::rounding::Problem;
 
 const ROWS_PER_CHUNK: usize = 32;
@@ -52,12 +52,14 @@ impl Leadership {
     /// Codes `[m, n]` of the leader–follower solution on `grid`.
     ///
     /// # Errors
-    /// If the lengths do not agree.
+    /// If the lengths do not agree, or the grid is not scalar: a code that shares in its neighbours' values cannot be committed alone.
     pub fn round(&self, problem: Problem<'_>, grid: &Grid) -> Result<Vec<u8>, GameError> {
         let n = problem.cols;
         let mut codes = vec![0u8; problem.weights.len()];
         problem.check(grid, &codes)?;
-        let levels = Levels::new(&grid.codebook);
+        let Book::Scalar(levels) = grid.book() else {
+            return Err(GameError::NotScalar);
+        };
         pool::for_each_chunk(&mut codes, (n * ROWS_PER_CHUNK).max(1), |chunk, codes| {
             let first = chunk * ROWS_PER_CHUNK;
             self.round_rows(

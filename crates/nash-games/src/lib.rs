@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`grid`] | what a strategy is worth: scales, codebook, nearest value |
 //! | [`codebook`] | fitting codebooks and scales to weights (weighted Lloyd) |
+//! | [`trellis`] | values looked up by windows of the bit stream: trellis-coded quantization |
 //! | [`rounding`] | weights choose codes, groups choose scales; best response to a Nash equilibrium |
 //! | [`leader`] | the leader–follower start (GPTQ / LDLQ order) |
 //! | [`market`] | tensors buy bits at a price that clears the byte budget |
@@ -20,6 +21,7 @@ pub mod grid;
 pub mod leader;
 pub mod market;
 pub mod rounding;
+pub mod trellis;
 
 pub use certificate::{RoundingCertificate, certify_rounding};
 pub use error::GameError;

@@ -11,10 +11,11 @@
 
 use half::f16;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
-use nash_kernels::{GROUP, SCALE_UNIT, pool};
+use nash_kernels::{CHAINS, GROUP, SCALE_UNIT, chain_column, pool};
 
 use crate::error::{GameError, check_len};
-use crate::grid::{Grid, Levels, MAX_LEVEL, inverse_or_zero};
+use crate::grid::{Book, Grid, Levels, MAX_LEVEL, inverse_or_zero};
+use crate::trellis::{self, Trellis};
 
 /// Rows of a chunk: its residual (`32 · n` floats) stays in the second-level cache.
 const ROWS_PER_CHUNK: usize = 32;
@@ -60,9 +61,9 @@ impl Problem<'_> {
 
     /// The potential `Φ = Σᵢ Δᵢ H Δᵢᵀ` of given codes.
     pub fn potential(&self, grid: &Grid, codes: &[u8]) -> f64 {
-        let levels = Levels::new(&grid.codebook);
+        let book = grid.book();
         self.quadratic(|r, w, out| {
-            grid.dequantize_row(&levels, r, &codes[r * self.cols..][..self.cols], out);
+            grid.dequantize_row(&book, r, &codes[r * self.cols..][..self.cols], out);
             out.iter_mut().zip(w).for_each(|(o, w)| *o -= w);
         })
     }
@@ -145,7 +146,7 @@ pub fn play(
 ) -> Result<Trace, GameError> {
     problem.check(grid, codes)?;
     let (n, groups) = (problem.cols, Grid::groups(problem.cols));
-    let levels = Levels::new(&grid.codebook);
+    let book = grid.book();
     let diagonal = is_diagonal(problem.hessian, n);
     // The kernels' own pool: products inside of a task then run on the task's thread.
     let mut jobs: Vec<Job<'_>> = codes
@@ -164,7 +165,7 @@ pub fn play(
     pool::for_each_chunk(&mut jobs, 1, |_, job| {
         let job = &mut job[0];
         let row_steps: Vec<f32> = job.row_scales.iter().map(|s| s.to_f32() * SCALE_UNIT).collect();
-        let mut chunk = Chunk::new(job.weights, problem.hessian, n, &levels, row_steps);
+        let mut chunk = Chunk::new(job.weights, problem.hessian, n, &book, row_steps);
         chunk.diagonal = diagonal;
         job.trace = chunk.play(job.codes, job.scale_codes, rule);
     });
@@ -199,7 +200,7 @@ struct Chunk<'a> {
     n: usize,
     /// H is diagonal: `R = Δ∘diag H`, without a product.
     diagonal: bool,
-    levels: &'a Levels,
+    book: &'a Book,
     /// Value of one (scale code × codebook unit) per row.
     row_steps: Vec<f32>,
     /// Δ = Ŵ − W, `[rows, n]`.
@@ -217,7 +218,7 @@ impl<'a> Chunk<'a> {
         weights: &'a [f32],
         hessian: &'a [f32],
         n: usize,
-        levels: &'a Levels,
+        book: &'a Book,
         row_steps: Vec<f32>,
     ) -> Self {
         let rows = row_steps.len();
@@ -227,7 +228,7 @@ impl<'a> Chunk<'a> {
             hessian,
             n,
             diagonal: false,
-            levels,
+            book,
             row_steps,
             delta: zeros(),
             residual: zeros(),
@@ -262,9 +263,13 @@ impl<'a> Chunk<'a> {
     fn refresh(&mut self, codes: &[u8], scale_codes: &[i8]) {
         let (n, groups) = (self.n, Grid::groups(self.n));
         for (r, &row_step) in self.row_steps.iter().enumerate() {
-            for c in 0..n {
-                let step = row_step * f32::from(scale_codes[r * groups + c / GROUP]);
-                self.delta[r * n + c] = step * self.levels.value(codes[r * n + c]) - self.weights[r * n + c];
+            let row = self.delta[r * n..][..n].chunks_mut(GROUP);
+            let row = row.zip(self.weights[r * n..][..n].chunks(GROUP));
+            for (g, ((delta, weights), codes)) in row.zip(codes[r * n..][..n].chunks(GROUP)).enumerate() {
+                let step = row_step * f32::from(scale_codes[r * groups + g]);
+                for ((delta, w), value) in delta.iter_mut().zip(weights).zip(self.book.values(codes)) {
+                    *delta = step * value - w;
+                }
             }
         }
         if self.diagonal {
@@ -299,10 +304,14 @@ impl<'a> Chunk<'a> {
         let mut block = Block {
             h: [0.0; GROUP * GROUP],
             len: 0,
+            chains: None,
         };
         for g in 0..groups {
             let start = g * GROUP;
             block.load(self.hessian, n, start);
+            if matches!(self.book, Book::Trellis(_)) {
+                block.load_chains(self.diagonal);
+            }
             let len = block.len;
             self.change.fill(0.0);
             let mut moved = vec![false; rows];
@@ -321,7 +330,7 @@ impl<'a> Chunk<'a> {
                 };
                 let residual = &self.residual[at..at + len];
                 let count =
-                    pulp::Arch::new().dispatch(|| seat.respond(&block, residual, self.levels, move_scales));
+                    pulp::Arch::new().dispatch(|| seat.respond(&block, residual, self.book, move_scales));
                 moves[r] += count;
                 moved[r] = count > 0;
             }
@@ -381,6 +390,8 @@ impl<'a> Chunk<'a> {
 struct Block {
     h: [f32; GROUP * GROUP],
     len: usize,
+    /// H among the weights of each chain; `None` if nothing couples them.
+    chains: Option<Box<[trellis::Matrix; CHAINS]>>,
 }
 
 impl Block {
@@ -390,6 +401,15 @@ impl Block {
         for j in 0..self.len {
             self.h[j * GROUP..][..self.len].copy_from_slice(&hessian[(start + j) * n + start..][..self.len]);
         }
+    }
+
+    /// Gathers what couples the weights of each chain.
+    fn load_chains(&mut self, diagonal: bool) {
+        self.chains = (!diagonal).then(|| {
+            Box::new(std::array::from_fn(|chain| {
+                std::array::from_fn(|i| trellis::gather(self.row(chain_column(chain, i)), chain))
+            }))
+        });
     }
 
     #[inline(always)]
@@ -414,13 +434,26 @@ struct Seat<'a> {
 impl Seat<'_> {
     /// Every player of the block answers once, in order; then the scale. Returns the number of moves.
     #[inline(always)]
-    fn respond(&mut self, block: &Block, residual: &[f32], levels: &Levels, move_scale: bool) -> u64 {
+    fn respond(&mut self, block: &Block, residual: &[f32], book: &Book, move_scale: bool) -> u64 {
         let step = self.row_step * f32::from(*self.scale_code);
         if step <= 0.0 {
             return 0;
         }
         let mut local = [0.0f32; GROUP];
         local[..residual.len()].copy_from_slice(residual);
+        let mut moves = match book {
+            Book::Scalar(levels) => self.respond_alone(block, &mut local, levels, step),
+            Book::Trellis(trellis) => self.respond_in_chains(block, &mut local, trellis, step),
+        };
+        if move_scale {
+            moves += self.move_scale(block, &local, book);
+        }
+        moves
+    }
+
+    /// Each weight takes the level nearest to the vertex of its parabola.
+    #[inline(always)]
+    fn respond_alone(&mut self, block: &Block, local: &mut [f32; GROUP], levels: &Levels, step: f32) -> u64 {
         let inverse = inverse_or_zero(step);
         let mut moves = 0;
         for j in 0..self.weights.len() {
@@ -437,23 +470,57 @@ impl Seat<'_> {
                 self.codes[j] = code;
                 self.delta[j] = new_delta;
                 self.change[j] += d;
-                add_scaled(&mut local, block.row(j), d);
+                add_scaled(local, block.row(j), d);
                 moves += 1;
             }
         }
-        if move_scale {
-            moves += self.move_scale(block, &local, levels);
+        moves
+    }
+
+    /// Each chain takes the best path found; where that is the present one, single codes are asked.
+    #[inline(always)]
+    fn respond_in_chains(&mut self, block: &Block, local: &mut [f32; GROUP], trellis: &Trellis, step: f32) -> u64 {
+        let mut moves = 0;
+        for index in 0..CHAINS {
+            let mut codes = trellis::gather(self.codes, index);
+            let chain = trellis::Chain {
+                coupling: block.chains.as_deref().map(|c| &c[index]),
+                diagonal: std::array::from_fn(|s| {
+                    let j = chain_column(index, s);
+                    block.h[j * GROUP + j]
+                }),
+                residual: trellis::gather(local, index),
+                values: trellis.chain_values(&codes).map(|v| step * v),
+                step,
+                exists: std::array::from_fn(|s| chain_column(index, s) < self.weights.len()),
+            };
+            let moved = trellis::respond(trellis, chain, &mut codes, MIN_GAIN);
+            if moved == 0 {
+                continue;
+            }
+            moves += moved;
+            let values = trellis.chain_values(&codes);
+            for (s, (code, value)) in codes.into_iter().zip(values).enumerate() {
+                let j = chain_column(index, s);
+                if j < self.weights.len() {
+                    self.codes[j] = code;
+                    let new_delta = step * value - self.weights[j];
+                    let d = new_delta - self.delta[j];
+                    if d != 0.0 {
+                        self.delta[j] = new_delta;
+                        self.change[j] += d;
+                        add_scaled(local, block.row(j), d);
+                    }
+                }
+            }
         }
         moves
     }
 
     /// Best response of the scale: the code nearest to the vertex of its parabola.
     #[inline(always)]
-    fn move_scale(&mut self, block: &Block, local: &[f32; GROUP], levels: &Levels) -> u64 {
-        let mut v = [0.0f32; GROUP];
-        for (v, &c) in v.iter_mut().zip(self.codes.iter()) {
-            *v = self.row_step * levels.value(c);
-        }
+    fn move_scale(&mut self, block: &Block, local: &[f32; GROUP], book: &Book) -> u64 {
+        let v = book.values(self.codes).map(|v| self.row_step * v);
         let mut hv = [0.0f32; GROUP];
         for (j, &v) in v.iter().enumerate().take(block.len) {
             add_scaled(&mut hv, block.row(j), v);

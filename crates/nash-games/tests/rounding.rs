@@ -37,15 +37,22 @@ fn instance(rows: usize, cols: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
     (weights, hessian)
 }
 
+fn diagonal_of(hessian: &[f32], n: usize) -> Vec<f32> {
+    (0..n).map(|i| hessian[i * n + i]).collect()
+}
+
 fn fitted(problem: Problem<'_>, bits: u8) -> Grid {
-    let n = problem.cols;
-    let h: Vec<f32> = (0..n).map(|i| problem.hessian[i * n + i]).collect();
+    fitted_as(problem, bits, LevelKind::Codebook)
+}
+
+fn fitted_as(problem: Problem<'_>, bits: u8, levels: LevelKind) -> Grid {
     let options = FitOptions {
         width: Width::new(bits).expect("a width"),
-        levels: LevelKind::Codebook,
+        levels,
         rounds: 2,
     };
-    fit_grid(problem.weights, n, &h, options).expect("matching lengths")
+    let h = diagonal_of(problem.hessian, problem.cols);
+    fit_grid(problem.weights, problem.cols, &h, options).expect("matching lengths")
 }
 
 proptest! {
@@ -53,12 +60,13 @@ proptest! {
 
     #[test]
     fn play_lowers_the_potential_and_ends_in_equilibrium(
-        rows in 1usize..40, cols in 1usize..150, bits in prop::sample::select(vec![2u8, 3, 4, 6, 8]), seed in any::<u64>()
+        rows in 1usize..40, cols in 1usize..150, bits in prop::sample::select(vec![2u8, 3, 4, 5, 6, 8]), seed in any::<u64>(),
+        levels in prop::sample::select(vec![LevelKind::Codebook, LevelKind::Trellis])
     ) {
         let (weights, hessian) = instance(rows, cols, seed);
         let problem = Problem { weights: &weights, cols, hessian: &hessian };
-        let mut grid = fitted(problem, bits);
-        let mut codes = grid.nearest_codes(&weights, cols);
+        let mut grid = fitted_as(problem, bits, levels);
+        let mut codes = grid.nearest_codes(&weights, &diagonal_of(&hessian, cols));
         let before = problem.potential(&grid, &codes);
         let trace = play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
         prop_assert!(trace.settled(), "{trace:?}");
@@ -79,7 +87,7 @@ proptest! {
         let (weights, hessian) = instance(20, 96, seed);
         let problem = Problem { weights: &weights, cols: 96, hessian: &hessian };
         let mut grid = fitted(problem, 3);
-        let mut codes = grid.nearest_codes(&weights, 96);
+        let mut codes = grid.nearest_codes(&weights, &diagonal_of(&hessian, 96));
         play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
         codes[victim] = if codes[victim] < 4 { 7 } else { 0 };
         let certificate = certify_rounding(problem, &grid, &codes, 1).unwrap();
@@ -97,7 +105,7 @@ fn every_stage_beats_the_one_before() {
         hessian: &hessian,
     };
     let mut grid = fitted(problem, 3);
-    let nearest = grid.nearest_codes(&weights, 192);
+    let nearest = grid.nearest_codes(&weights, &diagonal_of(&hessian, 192));
     let error = |grid: &Grid, codes: &[u8]| problem.potential(grid, codes) / problem.energy();
     let e_nearest = error(&grid, &nearest);
     let leadership = Leadership::new(&hessian, 192).unwrap();
@@ -130,7 +138,7 @@ fn sequential_rounding_with_a_diagonal_hessian_is_rounding_to_nearest() {
         .unwrap()
         .round(problem, &grid)
         .unwrap();
-    assert_eq!(led, grid.nearest_codes(&weights, 80));
+    assert_eq!(led, grid.nearest_codes(&weights, &diagonal_of(&hessian, 80)));
 }
 
 #[test]
@@ -149,7 +157,7 @@ fn uncoupled_players_move_as_coupled_ones_would() {
             hessian,
         };
         let mut grid = fitted(problem, 3);
-        let mut codes = grid.nearest_codes(&w, 100);
+        let mut codes = grid.nearest_codes(&w, &diagonal_of(hessian, 100));
         let trace = play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
         assert!(trace.settled() && trace.moves[0] > 0, "{trace:?}");
         assert_eq!(certify_rounding(problem, &grid, &codes, 1).unwrap().unsettled, 0);
@@ -181,7 +189,7 @@ fn threads_do_not_change_a_bit() {
             .unwrap();
         pool.install(|| {
             let mut grid = fitted(problem, 3);
-            let mut codes = grid.nearest_codes(&weights, 200);
+            let mut codes = grid.nearest_codes(&weights, &diagonal_of(&hessian, 200));
             let trace = play(
                 problem,
                 &mut grid,

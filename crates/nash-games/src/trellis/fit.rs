@@ -1,0 +1,226 @@
+//! Fitting the table and the scales of a tensor, and the tables from which fitting starts.
+//!
+//! The generalised Lloyd algorithm (Linde, Buzo and Gray 1980): encode with the Viterbi algorithm, move every entry to the weighted mean of what
+//! fell on it, and search the scale of every group in between.
+
+use nash_kernels::{CHAIN, CHAINS, GROUP, chain_column};
+use rayon::prelude::*;
+
+use super::{Chain, TABLE, Trellis, gather, search, tables};
+use crate::grid::Grid;
+
+/// Rows whose weights shape the table.
+const TABLE_ROWS: usize = 192;
+const ROWS_PER_CHUNK: usize = 16;
+
+/// Table (for a unit scale) and scales `[m, G]` of `weights [m, n]` for column importances `h [n]`.
+pub(crate) fn fit(
+    weights: &[f32],
+    cols: usize,
+    h: &[f32],
+    bits: usize,
+    rounds: usize,
+) -> (Trellis, Vec<f32>) {
+    let mut trellis = Trellis::new(bits, tables::gaussian(bits));
+    let mut scales = root_mean_squares(weights, cols);
+    for round in 0..rounds {
+        search_scales(weights, cols, h, &trellis, factors(round), &mut scales);
+        if round + 1 < rounds {
+            trellis = refit(weights, cols, h, &scales, trellis);
+        }
+    }
+    (trellis, scales)
+}
+
+/// Root mean square per row and group, `[m, G]`.
+fn root_mean_squares(weights: &[f32], cols: usize) -> Vec<f32> {
+    let root = |g: &[f32]| (g.iter().map(|w| w * w).sum::<f32>() / g.len() as f32).sqrt();
+    weights
+        .par_chunks(cols)
+        .flat_map_iter(|row| row.chunks(GROUP).map(root))
+        .collect()
+}
+
+/// Multiples of the current scale to try.
+fn factors(round: usize) -> &'static [f32] {
+    match round {
+        0 => &[1.0, 0.8, 0.9, 1.12, 1.25],
+        _ => &[1.0, 0.95, 1.05],
+    }
+}
+
+/// For every group the scale that minimises `Σ h (w − ŵ)²` among multiples of the current one, each refined by least squares.
+fn search_scales(
+    weights: &[f32],
+    cols: usize,
+    h: &[f32],
+    trellis: &Trellis,
+    factors: &[f32],
+    scales: &mut [f32],
+) {
+    let groups = Grid::groups(cols);
+    weights
+        .par_chunks(cols * ROWS_PER_CHUNK)
+        .zip(scales.par_chunks_mut(groups * ROWS_PER_CHUNK))
+        .for_each(|(w, s)| {
+            pulp::Arch::new().dispatch(|| {
+                for (row, s) in w.chunks(cols).zip(s.chunks_mut(groups)) {
+                    for ((w, h), s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(s) {
+                        *s = best_scale(w, h, trellis, *s, factors);
+                    }
+                }
+            });
+        });
+}
+
+#[inline(always)]
+fn best_scale(w: &[f32], h: &[f32], trellis: &Trellis, start: f32, factors: &[f32]) -> f32 {
+    if start <= 0.0 {
+        return 0.0;
+    }
+    // For given codes the least-squares scale is s = Σ h w v / Σ h v², and it leaves an error of Σ h w² − s Σ h w v: the candidate that
+    // explains most wins.
+    let mut best = (0.0, start);
+    for &factor in factors {
+        let values = trellis.values(&nearest(w, h, trellis, start * factor));
+        let (mut wv, mut vv) = (0.0f32, 0.0f32);
+        for ((&w, &h), v) in w.iter().zip(h).zip(values) {
+            wv += h * w * v;
+            vv += h * v * v;
+        }
+        if wv > 0.0 && wv * wv > best.0 * vv {
+            best = (wv * wv / vv, wv / vv);
+        }
+    }
+    best.1
+}
+
+/// The codes of a group of up to 64 weights that minimise `Σ h (w − ŵ)²`, for a step between table values of `step`.
+#[inline(always)]
+pub(crate) fn nearest(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROUP] {
+    let mut codes = [0; GROUP];
+    for chain in 0..CHAINS {
+        let (weights, diagonal) = (gather(w, chain), gather(h, chain));
+        let path = search(
+            trellis,
+            &Chain {
+                coupling: None,
+                diagonal,
+                residual: std::array::from_fn(|s| -diagonal[s] * weights[s]),
+                values: [0.0; CHAIN],
+                step,
+                exists: std::array::from_fn(|s| chain_column(chain, s) < w.len()),
+            },
+        );
+        for (s, code) in path.into_iter().enumerate() {
+            codes[chain_column(chain, s)] = code;
+        }
+    }
+    codes
+}
+
+/// Mass and moment of the weights that fell on each window.
+type Masses = [(f64, f64); TABLE];
+
+/// The table moved to the means of a sample of the rows, each weight counted `h · scale²`.
+fn refit(weights: &[f32], cols: usize, h: &[f32], scales: &[f32], trellis: Trellis) -> Trellis {
+    let groups = Grid::groups(cols);
+    let stride = (weights.len() / cols).div_ceil(TABLE_ROWS).max(1);
+    let rows: Vec<(&[f32], &[f32])> = weights
+        .chunks(cols)
+        .zip(scales.chunks(groups))
+        .step_by(stride)
+        .collect();
+    let parts: Vec<Masses> = rows
+        .par_chunks(ROWS_PER_CHUNK)
+        .map(|rows| {
+            let mut masses = [(0.0, 0.0); TABLE];
+            pulp::Arch::new().dispatch(|| {
+                for (row, scales) in rows {
+                    for ((w, h), &s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(*scales) {
+                        if s > 0.0 {
+                            add_masses(w, h, &trellis, s, &mut masses);
+                        }
+                    }
+                }
+            });
+            masses
+        })
+        .collect();
+    let mut masses = [(0.0, 0.0); TABLE];
+    for part in parts {
+        for (total, part) in masses.iter_mut().zip(part) {
+            *total = (total.0 + part.0, total.1 + part.1);
+        }
+    }
+    moved(&trellis, &masses)
+}
+
+#[inline(always)]
+fn add_masses(w: &[f32], h: &[f32], trellis: &Trellis, scale: f32, masses: &mut Masses) {
+    let codes = nearest(w, h, trellis, scale);
+    for chain in 0..CHAINS {
+        for (s, window) in trellis.windows(&gather(&codes, chain)).into_iter().enumerate() {
+            let column = chain_column(chain, s);
+            if let (Some(&w), Some(&h)) = (w.get(column), h.get(column)) {
+                let mass = f64::from(h) * f64::from(scale) * f64::from(scale);
+                let entry = &mut masses[usize::from(window) % TABLE];
+                *entry = (entry.0 + mass, entry.1 + mass * f64::from(w / scale));
+            }
+        }
+    }
+}
+
+/// Every entry at the mean of what fell on it; entries that nothing fell on stay.
+fn moved(trellis: &Trellis, masses: &Masses) -> Trellis {
+    let mut table = *trellis.table();
+    for (entry, &(mass, moment)) in table.iter_mut().zip(masses) {
+        if mass > 0.0 {
+            *entry = (moment / mass) as f32;
+        }
+    }
+    Trellis::new(trellis.bits(), table)
+}
+
+/// Trains a table for a unit Gaussian: `iterations` of the generalised Lloyd algorithm on `chains` chains of normal variates, started from
+/// normal variates and shaken by noise that fades out over the first half. `normal` supplies all of them. Returns the table and its mean squared error on the training chains.
+pub fn train_for_gaussian(
+    bits: usize,
+    chains: usize,
+    iterations: usize,
+    normal: &mut dyn FnMut() -> f32,
+) -> ([f32; TABLE], f64) {
+    let mut trellis = Trellis::new(bits, std::array::from_fn(|_| normal()));
+    let data: Vec<f32> = (0..chains * GROUP).map(|_| normal()).collect();
+    let (scales, ones) = (vec![1.0; chains], [1.0; GROUP]);
+    for iteration in 0..iterations {
+        let fading = 1.0 - 2.0 * iteration as f32 / iterations as f32;
+        trellis = refit_all(&data, &scales, trellis);
+        if fading > 0.0 {
+            // About an eighth of the distance between levels.
+            let noise = 0.6 * fading / (1 << bits) as f32;
+            let table = trellis.table().map(|v| v + noise * normal());
+            trellis = Trellis::new(bits, table);
+        }
+    }
+    let error = |w: &[f32]| -> f64 {
+        let values = trellis.values(&nearest(w, &ones, &trellis, 1.0));
+        w.iter()
+            .zip(values)
+            .map(|(w, v)| f64::from((w - v) * (w - v)))
+            .sum()
+    };
+    let total: f64 = data.chunks(GROUP).map(error).sum();
+    (*trellis.table(), total / data.len() as f64)
+}
+
+/// [`refit`] on all rows of one group each, in one thread.
+fn refit_all(data: &[f32], scales: &[f32], trellis: Trellis) -> Trellis {
+    let mut masses = [(0.0, 0.0); TABLE];
+    pulp::Arch::new().dispatch(|| {
+        for (w, &s) in data.chunks(GROUP).zip(scales) {
+            add_masses(w, &[1.0; GROUP], &trellis, s, &mut masses);
+        }
+    });
+    moved(&trellis, &masses)
+}
