@@ -1,13 +1,13 @@
 //! Between plain codes and the packed stream, and from the stream to floats.
 //!
-//! Exact inverses: `unpack(pack(u)) == u` for every valid [`Unpacked`], and `pack(unpack(p))` gives `p`
-//! back up to the padding, which [`pack`] sets to zero.
+//! `unpack(pack(u)) == u` for every valid [`Unpacked`], and `pack(unpack(p))` gives `p` back up to the padding, which
+//! [`pack`] sets to zero; [`PackedRef`] tells which values see the padding.
 
 use half::f16;
 
 use crate::layout::{
-    BLOCK, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS, TILE_WEIGHTS,
-    Width, check_codebook, check_len,
+    BLOCK, CHAIN, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, RUN, SCALE_UNIT, TILE_CHAINS,
+    TILE_ROWS, TILE_WEIGHTS, WINDOW_BITS, Width, check_codebook, check_len,
 };
 
 /// The content of a packed matrix, one element per entry; see [`PackedRef`] for their meaning.
@@ -19,7 +19,7 @@ pub struct Unpacked {
     pub scale_codes: Vec<i8>,
     /// Row scales `[m]`.
     pub row_scales: Vec<f16>,
-    /// Values of the codes `[2^bits]`; empty at 8 bits.
+    /// Values of the windows `[64]`; empty at 8 bits.
     pub codebook: Vec<i8>,
 }
 
@@ -60,7 +60,7 @@ pub fn pack(shape: PackedShape, unpacked: &Unpacked) -> Result<PackedMatrix, Lay
     let groups = shape.groups();
     for (index, record) in stream.chunks_exact_mut(shape.record_bytes()).enumerate() {
         let (tile, group) = (index / groups, index % groups);
-        let (planes, scale_codes) = record.split_at_mut(record_code_bytes(shape.width));
+        let (out, scale_codes) = record.split_at_mut(record_code_bytes(shape.width));
         let mut record_codes = [0; TILE_WEIGHTS];
         for r in 0..TILE_ROWS.min(shape.rows - tile * TILE_ROWS) {
             let row = tile * TILE_ROWS + r;
@@ -71,7 +71,7 @@ pub fn pack(shape: PackedShape, unpacked: &Unpacked) -> Result<PackedMatrix, Lay
             }
             scale_codes[r] = unpacked.scale_codes[row * groups + group].cast_unsigned();
         }
-        encode(&record_codes, shape.width, planes);
+        encode(&record_codes, shape.width, out);
     }
     let (row_scales, codebook) = (unpacked.row_scales.clone(), unpacked.codebook.clone());
     Ok(PackedMatrix {
@@ -88,9 +88,12 @@ pub fn unpack(packed: PackedRef<'_>) -> Unpacked {
     let mut codes = Vec::with_capacity(shape.rows * shape.cols);
     let mut scale_codes = Vec::with_capacity(shape.rows * shape.groups());
     for row in 0..shape.rows {
-        for (group, (block_codes, scale_code)) in row_groups(packed, row).enumerate() {
+        let groups = row_groups(packed, row, |codes| {
+            fields(codes, shape.width, shape.width.bits())
+        });
+        for (group, (group_codes, scale_code)) in groups.enumerate() {
             let used = GROUP.min(shape.cols - group * GROUP);
-            codes.extend_from_slice(&block_codes[..used]);
+            codes.extend_from_slice(&group_codes[..used]);
             scale_codes.push(scale_code);
         }
     }
@@ -105,42 +108,41 @@ pub fn unpack(packed: PackedRef<'_>) -> Unpacked {
 
 /// Writes row `row` of the matrix as floats into `out [cols]`.
 ///
-/// Each value is `f32(row_scale) · 2⁻¹⁴ · f32(scale_code · codebook[code])`, rounded once.
+/// Each value is `f32(row_scale) · 2⁻¹⁴ · f32(scale_code · codebook[window])`, rounded once.
 ///
 /// # Panics
 /// If `row` is not below the number of rows or `out` has not `cols` elements.
 pub fn dequantize_row(packed: PackedRef<'_>, row: usize, out: &mut [f32]) {
-    let shape = packed.shape();
+    let (shape, table) = (packed.shape(), packed.table());
     assert_eq!(out.len(), shape.cols, "output of a dequantized row");
     let row_scale = packed.row_scales()[row].to_f32() * SCALE_UNIT;
-    let table = packed.table();
-    let eight = shape.width.bits() == 8;
-    for (out, (codes, scale_code)) in out.chunks_mut(GROUP).zip(row_groups(packed, row)) {
-        for (out, code) in out.iter_mut().zip(codes) {
-            let value = if eight {
-                i32::from(code) - 128
-            } else {
-                i32::from(table[usize::from(code % 64)])
-            };
-            *out = row_scale * (i32::from(scale_code) * value) as f32;
+    let groups = row_groups(packed, row, |codes| values(codes, shape.width, &table));
+    for (out, (values, scale_code)) in out.chunks_mut(GROUP).zip(groups) {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = row_scale * (i32::from(scale_code) * i32::from(value)) as f32;
         }
     }
 }
 
-/// The groups of one row: 64 codes (padding included) and the scale code of each.
-fn row_groups(packed: PackedRef<'_>, row: usize) -> impl Iterator<Item = ([u8; GROUP], i8)> {
+/// The groups of one row: what `decode` finds for its 64 columns (padding included) in the codes of a record, and the
+/// scale code.
+fn row_groups<T: Copy + Default>(
+    packed: PackedRef<'_>,
+    row: usize,
+    decode: impl Fn(&[u8]) -> [T; TILE_WEIGHTS],
+) -> impl Iterator<Item = ([T; GROUP], i8)> {
     let shape = packed.shape();
     let (tile, r) = (row / TILE_ROWS, row % TILE_ROWS);
     let tile_bytes = shape.groups() * shape.record_bytes();
     let records = &packed.stream()[tile * tile_bytes..][..tile_bytes];
     records.chunks_exact(shape.record_bytes()).map(move |record| {
-        let (planes, scale_codes) = record.split_at(record_code_bytes(shape.width));
-        let all = decode(planes, shape.width);
-        let mut codes = [0; GROUP];
-        for (q, block) in codes.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+        let (codes, scale_codes) = record.split_at(record_code_bytes(shape.width));
+        let all = decode(codes);
+        let mut found = [T::default(); GROUP];
+        for (q, block) in found.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
             block.copy_from_slice(&all[(q * TILE_ROWS + r) * BLOCK..][..BLOCK]);
         }
-        (codes, scale_codes[r].cast_signed())
+        (found, scale_codes[r].cast_signed())
     })
 }
 
@@ -149,45 +151,61 @@ pub(crate) const fn record_code_bytes(width: Width) -> usize {
     TILE_WEIGHTS / 8 * width.bits()
 }
 
-/// The planes of a width: for each its first bit in the code and its bits.
-const fn planes(width: Width) -> &'static [(usize, usize)] {
-    match width.bits() {
-        2 => &[(0, 2)],
-        3 => &[(0, 2), (2, 1)],
-        4 => &[(0, 4)],
-        5 => &[(0, 4), (4, 1)],
-        6 => &[(0, 4), (4, 2)],
-        _ => &[(0, 8)],
+/// The 256 values of a record, `[block][row][16]`, from its codes.
+pub(crate) fn values(codes: &[u8], width: Width, table: &[i8; 1 << WINDOW_BITS]) -> [i8; TILE_WEIGHTS] {
+    if width.bits() == 8 {
+        // `code - 128`
+        fields(codes, width, 8).map(|code| (code ^ 0x80).cast_signed())
+    } else {
+        fields(codes, width, WINDOW_BITS).map(|window| table[usize::from(window)])
     }
 }
 
-/// Writes 256 codes as the planes of a record.
-fn encode(codes: &[u8; TILE_WEIGHTS], width: Width, mut out: &mut [u8]) {
-    out.fill(0);
-    for &(first, bits) in planes(width) {
-        let (plane, rest) = out.split_at_mut(TILE_WEIGHTS / 8 * bits);
-        for (field, codes) in codes.chunks_exact(plane.len()).enumerate() {
-            for (byte, code) in plane.iter_mut().zip(codes) {
-                *byte |= (code >> first & (u8::MAX >> (8 - bits))) << (field * bits);
-            }
+/// Bytes of a chain at the largest width; a chain of fewer is followed by zeros.
+const CHAIN_BYTES: usize = CHAIN;
+
+/// Bytes of a chain in a plane.
+const WORD: usize = 8;
+
+/// Writes 256 codes, `[block][row][16]`, as those of a record.
+fn encode(codes: &[u8; TILE_WEIGHTS], width: Width, out: &mut [u8]) {
+    let bits = width.bits();
+    let mut chains = [[0; CHAIN_BYTES]; TILE_CHAINS];
+    for (run, codes) in codes.as_chunks::<RUN>().0.iter().enumerate() {
+        let (q, chain) = (run / TILE_CHAINS, run % TILE_CHAINS);
+        let word = codes
+            .iter()
+            .rev()
+            .fold(0, |word, &code| word << bits | u64::from(code));
+        chains[chain][bits * q..][..bits].copy_from_slice(&word.to_le_bytes()[..bits]);
+    }
+    for (p, plane) in out.chunks_mut(WORD * TILE_CHAINS).enumerate() {
+        let bytes = plane.len() / TILE_CHAINS;
+        for (chain, part) in chains.iter().zip(plane.chunks_exact_mut(bytes)) {
+            part.copy_from_slice(&chain[WORD * p..][..bytes]);
         }
-        out = rest;
     }
 }
 
-/// The 256 codes of a record from its planes.
-pub(crate) fn decode(mut planes_bytes: &[u8], width: Width) -> [u8; TILE_WEIGHTS] {
-    let mut codes = [0; TILE_WEIGHTS];
-    for &(first, bits) in planes(width) {
-        let (plane, rest) = planes_bytes.split_at(TILE_WEIGHTS / 8 * bits);
-        for (field, codes) in codes.chunks_exact_mut(plane.len()).enumerate() {
-            for (code, byte) in codes.iter_mut().zip(plane) {
-                *code |= (byte >> (field * bits) & (u8::MAX >> (8 - bits))) << first;
-            }
+/// The `count` bits from the begin of each code on, `[block][row][16]`: codes or windows. Zeros follow a chain.
+fn fields(codes: &[u8], width: Width, count: usize) -> [u8; TILE_WEIGHTS] {
+    let bits = width.bits();
+    let mut chains = [[0; CHAIN_BYTES]; TILE_CHAINS];
+    for (p, plane) in codes.chunks(WORD * TILE_CHAINS).enumerate() {
+        let bytes = plane.len() / TILE_CHAINS;
+        for (chain, part) in chains.iter_mut().zip(plane.chunks_exact(bytes)) {
+            chain[WORD * p..][..bytes].copy_from_slice(part);
         }
-        planes_bytes = rest;
     }
-    codes
+    let mut found = [0; TILE_WEIGHTS];
+    for (run, found) in found.as_chunks_mut::<RUN>().0.iter_mut().enumerate() {
+        let (q, chain) = (run / TILE_CHAINS, run % TILE_CHAINS);
+        let mut word = [0; WORD];
+        word.copy_from_slice(&chains[chain][bits * q..][..WORD]);
+        let word = u64::from_le_bytes(word);
+        *found = std::array::from_fn(|i| (word >> (bits * i)) as u8 & (u8::MAX >> (8 - count)));
+    }
+    found
 }
 
 #[cfg(test)]
@@ -197,6 +215,7 @@ pub(crate) mod tests {
     use rand_pcg::Pcg64Mcg;
 
     use super::*;
+    use crate::layout::chain_column;
 
     /// Random content of a matrix: every code, every scale code, awkward row scales.
     pub(crate) fn random(shape: PackedShape, seed: u64) -> Unpacked {
@@ -251,71 +270,129 @@ pub(crate) mod tests {
         }
     }
 
+    /// The value of a weight by the prose of the layout, bit by bit: what everything is compared with.
+    pub(crate) fn value(shape: PackedShape, w: &Unpacked, row: usize, col: usize) -> i32 {
+        let (group, h, bits) = (col / 64, col % 16 / 8, shape.width.bits());
+        let code = |s: usize| {
+            let col = 64 * group + 16 * (s / 8) + 8 * h + s % 8;
+            if s < 32 && col < shape.cols {
+                w.codes[row * shape.cols + col]
+            } else {
+                0
+            }
+        };
+        let s = 8 * (col % 64 / 16) + col % 8;
+        if bits == 8 {
+            return i32::from(code(s)) - 128;
+        }
+        let bit = |at: usize| usize::from(code(at / bits) >> (at % bits) & 1);
+        let window = (0..6).map(|k| bit(bits * s + k) << k).sum::<usize>();
+        i32::from(w.codebook[window])
+    }
+
+    #[test]
+    fn a_chain_has_every_second_run_of_eight_columns() {
+        let columns = |chain| (0..CHAIN).map(move |symbol| chain_column(chain, symbol));
+        assert_eq!(columns(0).skip(6).step_by(8).collect::<Vec<_>>(), [6, 22, 38, 54]);
+        assert_eq!(
+            columns(1).take(10).collect::<Vec<_>>(),
+            [8, 9, 10, 11, 12, 13, 14, 15, 24, 25]
+        );
+        let mut all: Vec<usize> = columns(0).chain(columns(1)).collect();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..GROUP));
+    }
+
     /// The prose of the layout, tested bit by bit.
     #[test]
     fn the_bits_of_every_code_are_where_the_layout_says() {
         for width in Width::ALL {
-            let shape = PackedShape {
-                rows: 6,
-                cols: 100,
-                width,
-            };
+            let (rows, cols, b) = (6, 100, width.bits());
+            let shape = PackedShape { rows, cols, width };
             let unpacked = random(shape, 7);
             let packed = pack(shape, &unpacked).unwrap();
-            // Bits of the planes, low plane first.
-            let planes: &[usize] = [&[2][..], &[2, 1], &[4], &[4, 1], &[4, 2], &[], &[8]][width.bits() - 2];
-            for row in 0..6 {
-                for col in 0..100 {
-                    let record = &packed.stream[(row / 4 * 2 + col / 64) * shape.record_bytes()..];
-                    let k = 64 * (col % 64 / 16) + 16 * (row % 4) + col % 16;
-                    let (mut code, mut bits_below, mut offset) = (0, 0, 0);
-                    for w in planes {
-                        let part =
-                            record[offset + k % (32 * w)] >> (w * (k / (32 * w))) & ((1u16 << w) - 1) as u8;
-                        code |= part << bits_below;
-                        bits_below += w;
-                        offset += 32 * w;
-                    }
-                    assert_eq!(
-                        code,
-                        unpacked.codes[row * 100 + col],
-                        "{width:?}, row {row}, column {col}"
-                    );
-                    assert_eq!(
-                        record[offset + row % 4] as i8,
-                        unpacked.scale_codes[row * 2 + col / 64]
-                    );
+            for row in 0..8 {
+                for col in 0..128 {
+                    let record = &packed.stream[(row / 4 * 2 + col / 64) * (32 * b + 4)..];
+                    let (q, h, i) = (col % 64 / 16, col % 16 / 8, col % 8);
+                    let (chain, symbol) = (2 * (row % 4) + h, 8 * q + i);
+                    let bit = |at: usize| {
+                        let (p, k) = (at / 64, at % 64 / 8);
+                        let half = b % 2 == 1 && p == b / 2;
+                        record[64 * p + if half { 4 } else { 8 } * chain + k] >> (at % 8) & 1
+                    };
+                    let found = (0..b).map(|k| bit(b * symbol + k) << k).sum::<u8>();
+                    let exists = row < rows && col < cols;
+                    let (code, scale_code) = match exists {
+                        true => (
+                            unpacked.codes[row * cols + col],
+                            unpacked.scale_codes[row * 2 + col / 64],
+                        ),
+                        false if row < rows => (0, unpacked.scale_codes[row * 2 + col / 64]),
+                        false => (0, 0),
+                    };
+                    assert_eq!(found, code, "{width:?}, row {row}, column {col}");
+                    assert_eq!(record[32 * b + row % 4] as i8, scale_code);
                 }
             }
-            let padding_rows = &packed.stream[packed.stream.len() - 2..];
-            assert_eq!(padding_rows, [0, 0], "scale codes of rows 6 and 7");
         }
     }
 
     #[test]
     fn dequantized_values_follow_the_formula() {
         for width in Width::ALL {
-            let shape = PackedShape {
-                rows: 5,
-                cols: 130,
-                width,
-            };
-            let unpacked = random(shape, 3);
-            let packed = pack(shape, &unpacked).unwrap();
-            let mut out = vec![0.0; 130];
-            for row in 0..5 {
-                dequantize_row(packed.as_ref(), row, &mut out);
-                for (col, &value) in out.iter().enumerate() {
-                    let code = unpacked.codes[row * 130 + col];
-                    let entry = match width.bits() {
-                        8 => f64::from(code) - 128.0,
-                        _ => f64::from(unpacked.codebook[usize::from(code)]),
-                    };
-                    let scale = f64::from(unpacked.scale_codes[row * 3 + col / 64]);
-                    let exact = unpacked.row_scales[row].to_f64() * f64::from(SCALE_UNIT) * scale * entry;
-                    assert_eq!(value, exact as f32);
+            for cols in [1, 9, 20, 64, 130, 191] {
+                let shape = PackedShape { rows: 5, cols, width };
+                let unpacked = random(shape, 3);
+                let packed = pack(shape, &unpacked).unwrap();
+                let mut out = vec![0.0; cols];
+                for row in 0..5 {
+                    dequantize_row(packed.as_ref(), row, &mut out);
+                    for (col, &found) in out.iter().enumerate() {
+                        let scale = f64::from(unpacked.scale_codes[row * shape.groups() + col / 64]);
+                        let exact = unpacked.row_scales[row].to_f64()
+                            * f64::from(SCALE_UNIT)
+                            * scale
+                            * f64::from(value(shape, &unpacked, row, col));
+                        assert_eq!(found, exact as f32, "{shape:?}, row {row}, column {col}");
+                    }
                 }
             }
+        }
+    }
+
+    /// The documentation names the columns whose values see the padding.
+    #[test]
+    fn padding_is_seen_by_the_last_columns_of_a_chain_only() {
+        for (width, per_chain) in Width::ALL.into_iter().zip([2, 1, 1, 1, 0, 0]) {
+            let shape = PackedShape {
+                rows: 1,
+                cols: 84,
+                width,
+            };
+            let mut unpacked = random(shape, 9);
+            unpacked.codebook = (0..width.codebook_len() as i8).collect();
+            unpacked.scale_codes = vec![1; 2];
+            unpacked.row_scales = vec![f16::ONE];
+            let packed = pack(shape, &unpacked).unwrap();
+            let wide = PackedShape { cols: 128, ..shape };
+            let mut padded = unpacked.clone();
+            padded.codes.resize(128, (width.levels() - 1) as u8);
+            let other = PackedMatrix {
+                shape,
+                ..pack(wide, &padded).unwrap()
+            };
+            assert_eq!(unpack(other.as_ref()), unpacked);
+            let (mut a, mut b) = (vec![0.0; 84], vec![0.0; 84]);
+            dequantize_row(packed.as_ref(), 0, &mut a);
+            dequantize_row(other.as_ref(), 0, &mut b);
+            let differ: Vec<usize> = (0..84).filter(|&col| a[col] != b[col]).collect();
+            let expected = [80 - per_chain..80, 84 - per_chain..84];
+            assert_eq!(
+                differ,
+                expected.into_iter().flatten().collect::<Vec<_>>(),
+                "{width:?}"
+            );
         }
     }
 

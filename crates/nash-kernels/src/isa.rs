@@ -15,7 +15,7 @@ pub enum Isa {
     Portable,
     /// x86-64 with AVX2.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, VBMI and VNNI (Intel since Ice Lake, AMD since Zen 4).
+    /// x86-64 with AVX-512 F, BW, VBMI, VBMI2 and VNNI (Intel since Ice Lake, AMD since Zen 4).
     Avx512,
 }
 
@@ -61,6 +61,7 @@ impl Isa {
                 std::arch::is_x86_feature_detected!("avx512f")
                     && std::arch::is_x86_feature_detected!("avx512bw")
                     && std::arch::is_x86_feature_detected!("avx512vbmi")
+                    && std::arch::is_x86_feature_detected!("avx512vbmi2")
                     && std::arch::is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]

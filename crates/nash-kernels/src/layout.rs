@@ -17,14 +17,38 @@ pub const SCALE_UNIT: f32 = 1.0 / 16384.0;
 /// Rows interleaved in one tile of the stream.
 pub const TILE_ROWS: usize = 4;
 
-/// Columns of one row that lie together in the stream; a group holds four such blocks.
-pub(crate) const BLOCK: usize = 16;
+/// Bits of a chain that one value is looked up by: those of its own code and of what follows it.
+pub const WINDOW_BITS: usize = 6;
+
+/// Codes in a chain.
+pub const CHAIN: usize = 32;
+
+/// Chains of one row in a group.
+pub const CHAINS: usize = GROUP / CHAIN;
+
+/// Codes of a chain that lie side by side in a row; they fill `bits` whole bytes.
+pub(crate) const RUN: usize = 8;
+
+/// Columns of one row that lie together in a register: a run of each chain. A group holds four such blocks.
+pub(crate) const BLOCK: usize = CHAINS * RUN;
 
 /// Weights of a record: four rows of a group.
 pub(crate) const TILE_WEIGHTS: usize = TILE_ROWS * GROUP;
 
+/// Chains of a record.
+pub(crate) const TILE_CHAINS: usize = TILE_ROWS * CHAINS;
+
 /// Blocks in a group.
 pub(crate) const BLOCKS: usize = GROUP / BLOCK;
+
+/// The column of the group whose code is number `symbol` of chain `chain`: `16 · (symbol / 8) + 8 · chain + symbol % 8`.
+///
+/// # Panics
+/// If `chain` is not below [`CHAINS`] or `symbol` not below [`CHAIN`].
+pub const fn chain_column(chain: usize, symbol: usize) -> usize {
+    assert!(chain < CHAINS && symbol < CHAIN);
+    BLOCK * (symbol / RUN) + RUN * chain + symbol % RUN
+}
 
 /// Bits per code of a packed matrix: 2, 3, 4, 5, 6 or 8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,9 +76,9 @@ impl Width {
         1 << self.0
     }
 
-    /// Entries of the codebook: [`levels`](Self::levels), but 0 for 8 bits, whose codes are `value + 128`.
+    /// Entries of the codebook: one for every window, but 0 for 8 bits, whose codes are `value + 128`.
     pub const fn codebook_len(self) -> usize {
-        if self.0 == 8 { 0 } else { self.levels() }
+        if self.0 == 8 { 0 } else { 1 << WINDOW_BITS }
     }
 }
 
@@ -168,36 +192,46 @@ pub(crate) fn check_len(part: &'static str, expected: usize, actual: usize) -> R
 
 /// A packed matrix borrowed from memory, usually from a mapped file.
 ///
-/// # Layout (version 1, little-endian)
+/// # Layout (version 2, little-endian)
 ///
 /// The value of a weight is
 ///
 /// ```text
-/// weight[r, c] = row_scale[r] (f16) · 2⁻¹⁴ · scale_code[r, c / 64] (i8) · codebook[code[r, c]] (i8)
+/// weight[r, c] = row_scale[r] (f16) · 2⁻¹⁴ · scale_code[r, c / 64] (i8) · codebook[window[r, c]] (i8)
 /// ```
 ///
-/// with codes of `b` bits. The codebook has `2^b` entries in −127..=127. At 8 bits there is no codebook:
-/// the code is `value + 128`.
+/// where a weight's *window* is six bits: its code of `b` bits and, above them, the first `6 − b` bits of what
+/// follows the code in its chain. So the values of neighbours depend on each other, which makes the codes a trellis
+/// code (the bit-shift trellis of QTIP, Tseng et al. 2024) with `2^b` branches from each of `2^(6−b)` states. The codebook
+/// has 64 entries in −127..=127; one that repeats after `2^b` entries ignores the neighbours: a scalar quantizer.
+/// At 8 bits there is no codebook and no window: the code is `value + 128`.
 ///
 /// The **stream** is a sequence of records of `32·b + 4` bytes, one per tile of four rows and group of
 /// 64 columns: all groups of tile 0 in order, then all groups of tile 1, and so on, without padding
 /// between them. A record holds
 ///
-/// * `32·b` bytes of codes, in planes: one plane of `b` bits at 2, 4 and 8 bits, else a plane of the low 2 or 4
-///   bits and then one of the others (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2). Code `k = 64·q + 16·r + j` of the record is
-///   that of row `r` of the tile and column `16·q + j` of the group (`q`, `r` in 0..4, `j` in 0..16). A plane of
-///   `w` bits has `32·w` bytes and holds its part of code `k` in byte `k mod 32·w`, at the bits from
-///   `w · (k div 32·w)` on. So a shift, and no movement of bytes, brings 64 codes into the low bits of 64 bytes:
-///   16 columns of all four rows, one row in each 128-bit lane of a register. A kernel adds up a group of columns
-///   without any horizontal step;
+/// * `32·b` bytes of codes: the bits of eight **chains** of 32 codes. Chain `λ = 2·r + h` has columns of row `r` of
+///   the tile (`r` in 0..4, `h` in 0..2): code `s = 8·q + i` of it is that of column `16·q + 8·h + i` of the group (`q` in
+///   0..4, `i` in 0..8; see [`chain_column`]), at bits `b·s` to `b·s + b` of the chain. Its window is bits
+///   `b·s` to `b·s + 6`; beyond the `32·b` bits of the chain they are zero.
+///
+///   The chains lie in planes. Plane `p` has 64 bytes: byte `8·λ + k` holds bits `64·p + 8·k` to `64·p + 8·k + 8` of chain
+///   `λ` (`k` in 0..8). With an odd `b` a last half plane of 32 bytes follows, whose byte `4·λ + k` holds bits
+///   `64·p + 8·k` to `64·p + 8·k + 8` of chain `λ` (`k` in 0..4). So a plane is eight 64-bit words of one chain each, and shifts inside
+///   of words bring 64 windows into the 64 bytes of a register: 16 columns of all four rows, one row in each
+///   128-bit lane. A kernel adds up a group of columns without any horizontal step;
 /// * four scale codes, one `i8` for each row.
 ///
 /// Rows beyond `rows` have scale code 0. Columns beyond `cols` may hold any code: the activations are
-/// zero there. One software prefetch two kilobytes ahead covers weights and scales, because both lie in
+/// zero there. But windows of columns before them reach into them: those of the last two columns of a chain at 2 bits, and of the
+/// last one at 3, 4 and 5 bits. [`pack`](crate::pack) writes code 0 and [`unpack`](crate::unpack) drops what is there; so
+/// where another writer has put other codes, these columns can have other values after `pack(unpack(_))`.
+///
+/// One software prefetch two kilobytes ahead covers weights and scales, because both lie in
 /// the same stream.
 ///
 /// Besides the stream there are `rows` row scales and the codebook. In memory and in files the matrix
-/// costs `b + 0.125` bits per weight, plus 16 bits per row and `2^b` bytes.
+/// costs `b + 0.125` bits per weight, plus 16 bits per row and 64 bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedRef<'a> {
     shape: PackedShape,
@@ -244,7 +278,7 @@ impl<'a> PackedRef<'a> {
         self.row_scales
     }
 
-    /// The values of the codes, `[2^bits]`; empty at 8 bits.
+    /// The values of the windows, `[64]`; empty at 8 bits.
     pub fn codebook(&self) -> &'a [i8] {
         self.codebook
     }
@@ -267,16 +301,9 @@ impl<'a> PackedRef<'a> {
         scales
     }
 
-    /// The codebook repeated to 64 entries, so that bits of an index above the code's width do not
-    /// matter. All zero at 8 bits, where no kernel looks anything up.
-    pub(crate) fn table(&self) -> [i8; 64] {
-        let mut table = [0; 64];
-        if !self.codebook.is_empty() {
-            for (i, value) in table.iter_mut().enumerate() {
-                *value = self.codebook[i % self.codebook.len()];
-            }
-        }
-        table
+    /// The codebook; all zero at 8 bits, where no kernel looks anything up.
+    pub(crate) fn table(&self) -> [i8; 1 << WINDOW_BITS] {
+        self.codebook.try_into().unwrap_or([0; 1 << WINDOW_BITS])
     }
 }
 
@@ -346,7 +373,7 @@ mod tests {
         let found: Vec<usize> = (0..=255).filter_map(Width::new).map(Width::bits).collect();
         assert_eq!(found, [2, 3, 4, 5, 6, 8]);
         assert_eq!(Width::ALL.map(Width::bits).to_vec(), found);
-        assert_eq!(Width::ALL.map(Width::codebook_len), [4, 8, 16, 32, 64, 0]);
+        assert_eq!(Width::ALL.map(Width::codebook_len), [64, 64, 64, 64, 64, 0]);
     }
 
     #[test]
@@ -360,7 +387,7 @@ mod tests {
     fn a_size_that_overflows_is_an_error() {
         let huge = shape(usize::MAX, usize::MAX, 2);
         assert_eq!(huge.stream_bytes(), None);
-        let error = PackedRef::new(huge, &[], &[], &[0; 4]).unwrap_err();
+        let error = PackedRef::new(huge, &[], &[], &[0; 64]).unwrap_err();
         assert_eq!(
             error,
             LayoutError::TooLarge {
@@ -374,12 +401,12 @@ mod tests {
     #[test]
     fn every_wrong_length_is_an_error() {
         let shape = shape(4, 64, 2);
-        let (stream, scales, codebook) = (vec![0; 68], vec![f16::ONE; 4], vec![0; 4]);
+        let (stream, scales, codebook) = (vec![0; 68], vec![f16::ONE; 4], vec![0; 64]);
         assert!(PackedRef::new(shape, &stream, &scales, &codebook).is_ok());
         for (s, r, c, part) in [
-            (67, 4, 4, "stream"),
-            (68, 3, 4, "row scales"),
-            (68, 4, 3, "codebook"),
+            (67, 4, 64, "stream"),
+            (68, 3, 64, "row scales"),
+            (68, 4, 4, "codebook"),
         ] {
             let error = PackedRef::new(shape, &stream[..s], &scales[..r], &codebook[..c]).unwrap_err();
             assert!(
@@ -391,7 +418,9 @@ mod tests {
 
     #[test]
     fn a_codebook_with_minus_128_is_an_error() {
-        let error = PackedRef::new(shape(0, 0, 2), &[], &[], &[0, 1, -128, 3]).unwrap_err();
+        let mut codebook = [-127; 64];
+        codebook[2] = -128;
+        let error = PackedRef::new(shape(0, 0, 2), &[], &[], &codebook).unwrap_err();
         assert_eq!(error, LayoutError::CodebookValue { index: 2 });
     }
 }

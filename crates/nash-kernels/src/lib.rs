@@ -28,5 +28,8 @@ pub mod pool;
 pub use activations::Activations;
 pub use codec::{Unpacked, dequantize_row, pack, unpack};
 pub use isa::{Isa, IsaError};
-pub use layout::{GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS, Width};
+pub use layout::{
+    CHAIN, CHAINS, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS,
+    WINDOW_BITS, Width, chain_column,
+};
 pub use matmul::{matmul, matmul_with};

@@ -1,7 +1,8 @@
 //! Kernels for AVX2.
 //!
-//! A register holds 16 columns of two rows, one row in each 128-bit half; a record is eight of them. Shifts and
-//! masks bring the codes into bytes, values come from one, two or four tables of 16 bytes. `vpmaddubsw` multiplies
+//! A register holds 16 columns of two rows, one row in each 128-bit half and one chain in each 64-bit word; a record is
+//! eight of them. `vpshufb` takes the two bytes with the window of every even code, `vpmulhuw` and `vpmullw` shift each
+//! by its own count, the same for odd codes, and values come from four tables of 16 bytes. `vpmaddubsw` multiplies
 //! unsigned by signed bytes, so the sign of the weight is moved to the activation: `|w| · (a · sign w)`. With
 //! `|w| ≤ 128` and `|a| ≤ 127` a pair is at most 32 512 and does not saturate.
 
@@ -10,7 +11,7 @@ use std::ops::Range;
 
 use super::x86::{code_bytes, for_width, prefetch, record_bytes, scales};
 use super::{Job, Kernel, Lanes, Panel, TokenBlock};
-use crate::layout::{BLOCK, BLOCKS};
+use crate::layout::{BLOCK, BLOCKS, CHAIN, RUN, WINDOW_BITS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
@@ -150,19 +151,52 @@ fn multiply_of<const TOKENS: usize>(
 /// Turns codes into values; see the module.
 struct Decoder<const BITS: usize> {
     tables: [__m256i; 4],
+    /// The four tables are the same.
+    repeats: bool,
 }
 
 impl<const BITS: usize> Decoder<BITS> {
+    /// For each block, for even and odd codes, which bytes of its register hold their windows.
+    const PICKS: [[[i8; BLOCK]; 2]; BLOCKS] = {
+        let mut picks = [[[0; BLOCK]; 2]; BLOCKS];
+        let mut q = 0;
+        while q < BLOCKS {
+            picks[q] = [pick(BITS, q, 0), pick(BITS, q, 1)];
+            q += 1;
+        }
+        picks
+    };
+    /// For even and odd codes the factor that moves each window: the even ones from the upper half of the product to bit 0,
+    /// the odd ones to bit 8.
+    const FACTORS: [[i8; BLOCK]; 2] = {
+        let mut factors = [[0; BLOCK]; 2];
+        let mut code = 0;
+        while code < BLOCK {
+            let shift = BITS * (code % RUN) % 8;
+            let factor: u16 = match (code % 2, shift) {
+                (0, 0) => 1 << 8,
+                (0, _) => 1 << (16 - shift),
+                _ => 1 << (8 - shift),
+            };
+            let bytes = factor.to_le_bytes();
+            factors[code % 2][code / 2 * 2] = bytes[0].cast_signed();
+            factors[code % 2][code / 2 * 2 + 1] = bytes[1].cast_signed();
+            code += 1;
+        }
+        factors
+    };
+
     #[inline]
     #[target_feature(enable = "avx2")]
     fn new(table: &[i8; 64]) -> Self {
         let tables = table.as_chunks::<16>().0;
         Decoder {
             tables: std::array::from_fn(|i| broadcast(&tables[i])),
+            repeats: tables.iter().all(|part| part == &tables[0]),
         }
     }
 
-    /// The weights of a record in the order of the stream, 32 in each register.
+    /// The weights of a record, `[block][row][16]`, 32 in each register.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn record(&self, record: &[u8]) -> [__m256i; PARTS] {
@@ -179,55 +213,81 @@ impl<const BITS: usize> Decoder<BITS> {
         ]
     }
 
-    /// Weights `32 · PART ..` of a record: in a plane of `w` bits at bit `w · (PART div w)` of the bytes from
-    /// `32 · (PART mod w)` on.
+    /// Weights `32 · PART ..` of a record.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn part<const PART: usize>(&self, record: &[u8]) -> __m256i {
-        let load = |offset: usize| {
-            debug_assert!(offset + 32 <= code_bytes(BITS));
-            // SAFETY: every part of every plane is inside the codes of the record, whose length `record` checked.
-            unsafe { _mm256_loadu_si256(record.as_ptr().add(offset).cast()) }
+        let (q, half) = (PART / HALVES, PART % HALVES);
+        let plane = |p: usize| {
+            let (offset, rest) = (64 * p, code_bytes(BITS) - 64 * p);
+            // SAFETY: `record` has checked the length: half of a plane of 64 or of 32 bytes is read.
+            unsafe {
+                match rest {
+                    32 => {
+                        _mm256_cvtepu32_epi64(_mm_loadu_si128(record.as_ptr().add(offset + 16 * half).cast()))
+                    }
+                    _ => _mm256_loadu_si256(record.as_ptr().add(offset + 32 * half).cast()),
+                }
+            }
         };
-        let pairs = || shifted(load(32 * (PART % 2)), -2 * (PART as i32 / 2));
-        let nibbles = || shifted(load(32 * (PART % 4)), -4 * (PART as i32 / 4));
-        let from = |table: usize, codes| _mm256_shuffle_epi8(self.tables[table], codes);
-        let masked = |codes, mask| _mm256_and_si256(codes, _mm256_set1_epi8(mask));
-        match BITS {
-            2 => from(0, masked(pairs(), 0b11)),
-            3 => {
-                let top = shifted(load(64), 2 - PART as i32);
-                from(0, _mm256_or_si256(masked(pairs(), 0b11), masked(top, 0b100)))
-            }
-            4 => from(0, masked(nibbles(), 0b1111)),
-            5 => {
-                let (low, bit_4) = (masked(nibbles(), 0b1111), shifted(load(128), 7 - PART as i32));
-                _mm256_blendv_epi8(from(0, low), from(1, low), bit_4)
-            }
-            6 => {
-                let (low, high) = (masked(nibbles(), 0b1111), load(128 + 32 * (PART % 2)));
-                let bit_4 = shifted(high, 7 - 2 * (PART as i32 / 2));
-                let bit_5 = shifted(high, 6 - 2 * (PART as i32 / 2));
-                let below_32 = _mm256_blendv_epi8(from(0, low), from(1, low), bit_4);
-                let above_32 = _mm256_blendv_epi8(from(2, low), from(3, low), bit_4);
-                _mm256_blendv_epi8(below_32, above_32, bit_5)
-            }
-            _ => _mm256_xor_si256(load(32 * PART), _mm256_set1_epi8(i8::MIN)),
+        if BITS == 8 {
+            return _mm256_xor_si256(plane(q), _mm256_set1_epi8(i8::MIN));
         }
+        let (p, first) = (BITS * q / 8, BITS * q % 8);
+        let end = first + (7 * BITS + WINDOW_BITS).div_ceil(8);
+        let words = if end > 8 && 8 * (p + 1) < CHAIN / 8 * BITS {
+            // Bytes 4.. of the words of this plane, and bytes ..4 of the next one at their place.
+            _mm256_blend_epi32::<0b0101_0101>(plane(p), plane(p + 1))
+        } else {
+            plane(p)
+        };
+        let [even, odd] = [0, 1].map(|parity| _mm256_shuffle_epi8(words, broadcast(&Self::PICKS[q][parity])));
+        let even = _mm256_mulhi_epu16(even, broadcast(&Self::FACTORS[0]));
+        let odd = _mm256_mullo_epi16(odd, broadcast(&Self::FACTORS[1]));
+        self.look_up(_mm256_blendv_epi8(
+            even,
+            odd,
+            _mm256_set1_epi16(0xff00u16.cast_signed()),
+        ))
+    }
+
+    /// The values of 32 windows, whose bytes may hold anything in their upper two bits.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn look_up(&self, windows: __m256i) -> __m256i {
+        let low = _mm256_and_si256(windows, _mm256_set1_epi8(0b1111));
+        let from = |table: usize| _mm256_shuffle_epi8(self.tables[table], low);
+        if self.repeats {
+            return from(0);
+        }
+        // A blend looks at the top bit of each byte.
+        let (bit_4, bit_5) = (_mm256_slli_epi16::<3>(windows), _mm256_slli_epi16::<2>(windows));
+        let below_32 = _mm256_blendv_epi8(from(0), from(1), bit_4);
+        let above_32 = _mm256_blendv_epi8(from(2), from(3), bit_4);
+        _mm256_blendv_epi8(below_32, above_32, bit_5)
     }
 }
 
-/// Shifts to the left, or to the right by a negative count. Bits cross from byte to byte, but a bit that ends in the
-/// byte it comes from ends at its place.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn shifted(x: __m256i, left: i32) -> __m256i {
-    let count = _mm_cvtsi32_si128(left.abs());
-    if left < 0 {
-        _mm256_srl_epi16(x, count)
-    } else {
-        _mm256_sll_epi16(x, count)
+/// For block `q` and the even (`parity` 0) or odd codes of two chains: the bytes of the words in [`Decoder::part`] that
+/// hold each window, as a control of `vpshufb`. A window that begins with a byte is put into the upper one, because it is to
+/// be shifted.
+const fn pick(bits: usize, q: usize, parity: usize) -> [i8; BLOCK] {
+    let mut control = [-128; BLOCK];
+    let mut at = 0;
+    while at < BLOCK {
+        let bit = bits * (at / 2 * 2 % RUN + parity);
+        let begins_in_upper = parity == 0 && bit.is_multiple_of(8);
+        let byte = bits * q + bit / 8 + at % 2;
+        if begins_in_upper {
+            if at % 2 == 1 {
+                control[at] = (at / 8 * 8 + (byte - 1) % 8) as i8;
+            }
+        } else if byte < CHAIN / 8 * bits {
+            control[at] = (at / 8 * 8 + byte % 8) as i8;
+        }
+        at += 1;
     }
+    control
 }
 
 #[inline]

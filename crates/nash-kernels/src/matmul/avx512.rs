@@ -1,10 +1,10 @@
-//! Kernels for AVX-512 F, BW, VBMI and VNNI.
+//! Kernels for AVX-512 F, BW, VBMI, VBMI2 and VNNI.
 //!
-//! A shift (and at 3, 5 and 6 bits a merge with the second plane) brings 64 codes into the low bits of 64
-//! bytes, and `vpermb` looks them up in a table of 64 entries. An index counts only with its low six bits and
-//! the table repeats, so the bits above the code do no harm. The tables hold `value + 128` (8-bit codes are that
-//! already), since `vpdpbusd` multiplies unsigned by signed bytes; a sum starts with `−128 · Σ activations` of its
-//! lane to make up for it.
+//! A plane is a register of eight chains, 64 bits of each. Where the windows of eight codes reach into the next plane, a
+//! funnel shift (VBMI2) brings them into one 64-bit word; `vpmultishiftqb` takes the byte that begins at each code from
+//! there, and `vpermb` looks it up in a table of 64 entries: an index counts only with its low six bits, the window. The tables hold
+//! `value + 128` (8-bit codes are that already), since `vpdpbusd` multiplies unsigned by signed bytes; a sum starts with
+//! `−128 · Σ activations` of its lane to make up for it.
 //!
 //! A register of weights is 16 columns of four rows, one row in each 128-bit lane, so the 16 columns of
 //! activations are broadcast and a group ends as `[row][lane]` sums without any horizontal step.
@@ -15,7 +15,7 @@ use std::ops::Range;
 use super::x86::{code_bytes, for_width, prefetch, record_bytes, scales};
 use super::{Job, Kernel, Lanes, Panel, TILES, TokenBlock};
 use crate::activations::ActivationGroup;
-use crate::layout::{BLOCKS, GROUP, TILE_WEIGHTS};
+use crate::layout::{BLOCKS, GROUP, TILE_WEIGHTS, WINDOW_BITS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
@@ -40,7 +40,7 @@ unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut P
 
 /// # Safety
 /// `tiles` are in range, and no other thread stores them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,avx512vnni")]
 unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
     let decoder = Decoder::<BITS>::new(&job.table);
     let x = job.x.block(0).0;
@@ -59,7 +59,7 @@ unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,avx512vnni")]
 fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
     let decoder = Decoder::<BITS>::new(&job.table);
     let bytes = record_bytes(BITS);
@@ -99,7 +99,7 @@ unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
     for_counts!(1 2 3 4 5 6 7 8);
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,avx512vnni")]
 fn multiply_of<const PANELS: usize, const TOKENS: usize>(
     panels: &[Panel],
     x: &TokenBlock<'_>,
@@ -140,79 +140,62 @@ fn multiply_of<const PANELS: usize, const TOKENS: usize>(
 /// Turns codes into `value + 128`; see the module.
 struct Decoder<const BITS: usize> {
     table: __m512i,
-    /// For each block the rotation that brings the bit of a plane of single bits to its place in the index.
-    to_place: [__m512i; BLOCKS],
 }
 
 impl<const BITS: usize> Decoder<BITS> {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
+    #[target_feature(enable = "avx512f")]
     fn new(table: &[i8; 64]) -> Self {
         // SAFETY: an array of 64 bytes is read.
         let table = unsafe { _mm512_loadu_si512(table.as_ptr().cast()) };
-        // Block `q` has bit `2q` of its first 32 codes, and bit `2q + 1` of the others.
-        let place = BITS as i32 - 1;
-        let rotation = |q| {
-            let (first, others) = (
-                _mm256_set1_epi32(place - 2 * q),
-                _mm256_set1_epi32(place - 2 * q - 1),
-            );
-            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(first), others)
-        };
         Decoder {
             table: _mm512_xor_si512(table, _mm512_set1_epi8(i8::MIN)),
-            to_place: [rotation(0), rotation(1), rotation(2), rotation(3)],
         }
     }
 
     /// The weights of a record, 16 columns of the four rows in each register.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512vbmi,avx512vbmi2")]
     fn record(&self, record: &[u8]) -> [__m512i; BLOCKS] {
         assert!(record.len() == record_bytes(BITS));
-        // SAFETY: the 64 bytes from 64·i on are inside the planes: `planes` below asks for the blocks of 64 bytes that
-        // a width has.
-        let plane = |i: usize| unsafe { _mm512_loadu_si512(record.as_ptr().add(64 * i).cast()) };
-        let low = match BITS {
-            2 | 3 => {
-                let x = plane(0);
-                [
-                    x,
-                    _mm512_srli_epi16::<2>(x),
-                    _mm512_srli_epi16::<4>(x),
-                    _mm512_srli_epi16::<6>(x),
-                ]
+        let plane = |p: usize| {
+            let plane = record[(64 * p).min(code_bytes(BITS))..code_bytes(BITS)].as_ptr();
+            match code_bytes(BITS).saturating_sub(64 * p) {
+                0 => _mm512_setzero_si512(),
+                // SAFETY: the slice has 32 bytes.
+                32 => _mm512_cvtepu32_epi64(unsafe { _mm256_loadu_si256(plane.cast()) }),
+                // SAFETY: the slice has 64 bytes or more.
+                _ => unsafe { _mm512_loadu_si512(plane.cast()) },
             }
-            4..=6 => {
-                let (x, y) = (plane(0), plane(1));
-                [x, y, _mm512_srli_epi16::<4>(x), _mm512_srli_epi16::<4>(y)]
-            }
-            _ => return [plane(0), plane(1), plane(2), plane(3)],
         };
-        let high = match BITS {
-            3 | 5 => {
-                // SAFETY: the plane of single bits is the last 32 bytes of the codes.
-                let bits = unsafe { _mm256_loadu_si256(record.as_ptr().add(code_bytes(BITS) - 32).cast()) };
-                let bits = _mm512_broadcast_i64x4(bits);
-                self.to_place.map(|counts| _mm512_rolv_epi32(bits, counts))
-            }
-            6 => {
-                let x = plane(2);
-                [
-                    _mm512_slli_epi16::<4>(x),
-                    _mm512_slli_epi16::<2>(x),
-                    x,
-                    _mm512_srli_epi16::<2>(x),
-                ]
-            }
-            _ => return low.map(|codes| _mm512_permutexvar_epi8(codes, self.table)),
+        // At 8 bits the planes are the values.
+        let planes = [plane(0), plane(1), plane(2), plane(3)];
+        if BITS == 8 {
+            return planes;
+        }
+        [
+            self.block::<0>(&planes),
+            self.block::<1>(&planes),
+            self.block::<2>(&planes),
+            self.block::<3>(&planes),
+        ]
+    }
+
+    /// The weights of block `Q`, whose codes begin at bit `8 · BITS · Q` of their chains.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vbmi,avx512vbmi2")]
+    fn block<const Q: usize>(&self, planes: &[__m512i; 4]) -> __m512i {
+        let (plane, first) = (8 * BITS * Q / 64, 8 * BITS * Q % 64);
+        let end = first + 7 * BITS + WINDOW_BITS;
+        let (words, first) = if end <= 64 {
+            (planes[plane], first)
+        } else {
+            let shift = _mm512_set1_epi64(first as i64);
+            (_mm512_shrdv_epi64(planes[plane], planes[plane + 1], shift), 0)
         };
-        let low_bits = _mm512_set1_epi8(if BITS == 3 { 0b11 } else { 0b1111 });
-        std::array::from_fn(|q| {
-            // Each bit: `low_bits ? low : high`.
-            let codes = _mm512_ternarylogic_epi32::<0xca>(low_bits, low[q], high[q]);
-            _mm512_permutexvar_epi8(codes, self.table)
-        })
+        let begins = u64::from_le_bytes(std::array::from_fn(|i| (first + BITS * i) as u8));
+        let windows = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(begins.cast_signed()), words);
+        _mm512_permutexvar_epi8(windows, self.table)
     }
 }
 

@@ -3,7 +3,7 @@
 //! # What is computed, to the bit
 //!
 //! For row `r`, token `t` and group `g`, lane `l` of four takes the columns `16q + 4l + i` of the group
-//! (`q`, `i` in 0..4) and adds up `S[g][l] = Σ codebook[code] · a` exactly in 32 bits
+//! (`q`, `i` in 0..4) and adds up `S[g][l] = Σ value · a` exactly in 32 bits
 //! (`|S| ≤ 16·128·127 < 2²⁴`, so the conversion to f32 is exact too). Then, in f32 and in this order,
 //!
 //! ```text
@@ -45,7 +45,7 @@ use std::ops::Range;
 
 use crate::Isa;
 use crate::activations::{ActivationGroup, Activations, TOKEN_BLOCK};
-use crate::layout::{PackedRef, PackedShape, TILE_ROWS, TILE_WEIGHTS};
+use crate::layout::{PackedRef, PackedShape, TILE_ROWS, TILE_WEIGHTS, WINDOW_BITS};
 use crate::pool::{self, Pool};
 
 /// Tokens that one decoded panel is used for. 64 tokens of 8192 columns are 768 KiB: second-level cache.
@@ -120,8 +120,8 @@ fn tiles_per_task(shape: PackedShape, tokens: usize, threads: usize) -> usize {
 struct Job<'a> {
     w: PackedRef<'a>,
     x: &'a Activations,
-    /// Value of each code, repeated to 64 entries.
-    table: [i8; 64],
+    /// Value of each window.
+    table: [i8; 1 << WINDOW_BITS],
     /// Outputs `[tokens, rows]`.
     y: *mut f32,
     _y: PhantomData<&'a mut [f32]>,
@@ -162,7 +162,7 @@ impl Job<'_> {
 /// Some groups of one tile, decoded.
 #[repr(C, align(64))]
 struct Panel {
-    /// Values in the order of the stream (`[block][row][16]`), as `i8` or as `value + 128`: the kernel's choice.
+    /// Values, `[block][row][16]`, as `i8` or as `value + 128`: the kernel's choice.
     weights: [[u8; TILE_WEIGHTS]; PANEL],
     /// Scale code of each row.
     scales: [[f32; TILE_ROWS]; PANEL],

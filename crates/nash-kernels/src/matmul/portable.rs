@@ -27,15 +27,8 @@ fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
     let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
     let panel = panel.weights.iter_mut().zip(&mut panel.scales);
     for (record, (weights, scales)) in records.chunks_exact(bytes).zip(panel) {
-        let (planes, scale_codes) = record.split_at(codec::record_code_bytes(width));
-        *weights = codec::decode(planes, width);
-        for weight in weights {
-            *weight = if width.bits() == 8 {
-                *weight ^ 0x80
-            } else {
-                job.table[usize::from(*weight % 64)] as u8
-            };
-        }
+        let (codes, scale_codes) = record.split_at(codec::record_code_bytes(width));
+        *weights = codec::values(codes, width, &job.table).map(i8::cast_unsigned);
         *scales = std::array::from_fn(|r| f32::from(scale_codes[r] as i8));
     }
 }

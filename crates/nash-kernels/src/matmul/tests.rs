@@ -1,5 +1,5 @@
 //! Every kernel × width × shape against an oracle that shares no code with them: weights from
-//! [`dequantize_row`](crate::dequantize_row)'s formula, sums in f64.
+//! the prose of the layout, sums in f64.
 
 use half::f16;
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 
 use super::*;
-use crate::codec::tests::random;
+use crate::codec::tests::{random, value};
 use crate::{GROUP, PackedMatrix, SCALE_UNIT, Unpacked, Width, pack};
 
 /// Exact result (to f64) and the sum of magnitudes of the terms, for every output.
@@ -19,15 +19,10 @@ fn oracle(shape: PackedShape, w: &Unpacked, x: &Activations) -> Vec<(f64, f64)> 
             let (mut exact, mut magnitude) = (0.0, 0.0);
             for col in 0..shape.cols {
                 let (codes, scale) = x.group(token, col / GROUP);
-                let code = w.codes[row * shape.cols + col];
-                let value = match shape.width.bits() {
-                    8 => f64::from(code) - 128.0,
-                    _ => f64::from(w.codebook[usize::from(code)]),
-                };
                 let weight = w.row_scales[row].to_f64()
                     * f64::from(SCALE_UNIT)
                     * f64::from(w.scale_codes[row * groups + col / GROUP])
-                    * value;
+                    * f64::from(value(shape, w, row, col));
                 let term = weight * f64::from(scale) * f64::from(codes[col % GROUP]);
                 exact += term;
                 magnitude += term.abs();
@@ -79,17 +74,27 @@ fn inputs(kind: usize, len: usize, rng: &mut Pcg64Mcg) -> Vec<f32> {
         .collect()
 }
 
+/// [`check_packed`] with a codebook in which every window counts, and with one that repeats and so ignores neighbours.
+fn check(shape: PackedShape, tokens: usize, kind: usize, seed: u64) {
+    let mut unpacked = random(shape, seed);
+    check_packed(shape, &unpacked, tokens, kind);
+    let levels = shape.width.levels();
+    unpacked.codebook = (0..shape.width.codebook_len())
+        .map(|i| unpacked.codebook[i % levels])
+        .collect();
+    check_packed(shape, &unpacked, tokens, kind);
+}
+
 /// All available kernels on one problem: within the bound of the oracle, and all bits the same for every kernel
 /// and number of threads.
-fn check(shape: PackedShape, tokens: usize, kind: usize, seed: u64) {
-    let unpacked = random(shape, seed);
-    let packed = pack(shape, &unpacked).unwrap();
-    let mut rng = Pcg64Mcg::seed_from_u64(seed);
+fn check_packed(shape: PackedShape, unpacked: &Unpacked, tokens: usize, kind: usize) {
+    let packed = pack(shape, unpacked).unwrap();
+    let mut rng = Pcg64Mcg::seed_from_u64(8);
     let mut x = Activations::new();
     x.quantize(&inputs(kind, tokens * shape.cols, &mut rng), tokens, shape.cols);
     let pools = [Pool::new(1), Pool::new(3)];
     let expected = product(&pools[0], Isa::Portable, &packed, &x);
-    assert_close(shape, &unpacked, &x, &expected);
+    assert_close(shape, unpacked, &x, &expected);
     for isa in Isa::available() {
         for pool in &pools {
             let y = product(pool, isa, &packed, &x);
@@ -252,7 +257,7 @@ fn any_stream_gives_the_same_bits_everywhere() {
                 width,
             };
             let stream: Vec<u8> = (0..shape.stream_bytes().unwrap()).map(|_| rng.random()).collect();
-            let codebook = vec![-127; width.codebook_len()];
+            let codebook = random(shape, 7).codebook;
             let packed = PackedMatrix::new(shape, stream, vec![f16::from_f32(0.5); rows], codebook).unwrap();
             for tokens in [1, 2] {
                 let x = activations(&inputs(0, 70 * tokens, &mut rng), tokens);
