@@ -26,12 +26,7 @@ impl LinearShape {
             width,
         }
         .stream_bytes()? as u64;
-        let codebook = if width.bits() == 8 {
-            0
-        } else {
-            width.levels() as u64
-        };
-        Some(stream + 2 * self.rows as u64 + codebook)
+        Some(stream + 2 * self.rows as u64 + width.codebook_len() as u64)
     }
 
     /// Number of weights.

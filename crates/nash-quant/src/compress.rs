@@ -97,6 +97,7 @@ pub fn compress(
         budget_bytes: budget,
         method: options.method,
         start: options.start,
+        codebook: options.codebook,
         sensitivity: session.sensitivity_kind(),
         seed: options.seed,
         damping: options.damping,
@@ -179,11 +180,12 @@ fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<S
         text.update(bytemuck::cast_slice(window));
     }
     let fingerprint = format!(
-        "{} source {source} calibration {} method {:?} start {:?} damping {} sensitivity {:?} seed {} sweeps {} probe {} every {}",
+        "{} source {source} calibration {} method {:?} start {:?} codebook {:?} damping {} sensitivity {:?} seed {} sweeps {} probe {} every {}",
         env!("CARGO_PKG_VERSION"),
         text.finish(),
         options.method,
         options.start,
+        options.codebook,
         options.damping,
         options.sensitivity,
         options.seed,

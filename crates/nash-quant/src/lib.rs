@@ -31,7 +31,7 @@ mod write;
 pub use allocate::{Curve, Inventory, LinearShape, Profile};
 pub use compress::compress;
 pub use error::QuantError;
-pub use options::{Budget, Calibration, CompressOptions, Method, Sensitivity, Start};
+pub use options::{Budget, Calibration, Codebook, CompressOptions, Method, Sensitivity, Start};
 pub use plan::{Plan, plan};
 pub use progress::Progress;
 pub use report::{Report, TensorRow};

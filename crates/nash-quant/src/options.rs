@@ -46,6 +46,17 @@ pub enum Start {
     LeaderFollower,
 }
 
+/// What the codes of the games are worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Codebook {
+    /// Six bits of a chain of codes choose a value: trellis-coded quantization. Errs least.
+    #[default]
+    Trellis,
+    /// Every code has its value. Decodes faster on CPUs without AVX-512.
+    Scalar,
+}
+
 /// How the loss of a tensor at a width is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -76,6 +87,8 @@ pub struct CompressOptions {
     pub method: Method,
     /// Start of the rounding game.
     pub start: Start,
+    /// What codes are worth (for [`Method::Nash`]). The leader–follower start needs [`Codebook::Scalar`].
+    pub codebook: Codebook,
     /// How losses are known (for [`Method::Nash`]).
     pub sensitivity: Sensitivity,
     /// Fixed widths: (glob over canonical tensor names, width); the first match counts.
@@ -106,6 +119,7 @@ impl Default for CompressOptions {
             budget: Budget::BitsPerWeight(4.25),
             method: Method::Nash,
             start: Start::Nearest,
+            codebook: Codebook::Trellis,
             sensitivity: Sensitivity::Measured,
             tensor_types: Vec::new(),
             seed: 0,

@@ -6,7 +6,7 @@ use nash_core::PackedFolder;
 use nash_games::RoundingCertificate;
 
 use crate::QuantError;
-use crate::options::{Budget, Method, Sensitivity, Start};
+use crate::options::{Budget, Codebook, Method, Sensitivity, Start};
 
 /// The report of a compression.
 ///
@@ -28,6 +28,8 @@ pub struct Report {
     pub method: Method,
     /// Start of the game.
     pub start: Start,
+    /// What codes are worth.
+    pub codebook: Codebook,
     /// How losses were known, and with it the Hessians.
     #[serde(default = "measured")]
     pub sensitivity: Sensitivity,

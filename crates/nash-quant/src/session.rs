@@ -159,6 +159,7 @@ impl Session<'_> {
             width,
             method: self.options.method,
             start: self.options.start,
+            codebook: self.options.codebook,
             max_sweeps,
         }
     }

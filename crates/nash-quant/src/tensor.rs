@@ -7,7 +7,7 @@ use nash_games::{Grid, RoundingCertificate, certify_rounding};
 use nash_kernels::{PackedMatrix, PackedRef, PackedShape, Unpacked, Width, pack, unpack};
 
 use crate::QuantError;
-use crate::options::{Method, Start};
+use crate::options::{Codebook, Method, Start};
 
 /// How to round a tensor.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,6 +18,8 @@ pub(crate) struct Rounding {
     pub(crate) method: Method,
     /// Start of the game (for [`Method::Nash`]).
     pub(crate) start: Start,
+    /// What codes are worth (for [`Method::Nash`]).
+    pub(crate) codebook: Codebook,
     /// Sweeps at most (for [`Method::Nash`]).
     pub(crate) max_sweeps: usize,
 }
@@ -40,10 +42,11 @@ pub(crate) struct Rounded {
 pub(crate) fn round(name: &str, problem: Problem<'_>, rounding: Rounding) -> Result<Rounded, QuantError> {
     let n = problem.cols;
     let importance: Vec<f32> = (0..n).map(|i| problem.hessian[i * n + i]).collect();
-    let (levels, rounds) = match rounding.method {
-        Method::Nash => (LevelKind::Codebook, 3),
-        Method::RoundToNearest => (LevelKind::Uniform, 0),
-        Method::Gptq => (LevelKind::Uniform, 1),
+    let (levels, rounds) = match (rounding.method, rounding.codebook) {
+        (Method::Nash, Codebook::Trellis) => (LevelKind::Trellis, 3),
+        (Method::Nash, Codebook::Scalar) => (LevelKind::Codebook, 3),
+        (Method::RoundToNearest, _) => (LevelKind::Uniform, 0),
+        (Method::Gptq, _) => (LevelKind::Uniform, 1),
     };
     let fit = FitOptions {
         width: rounding.width,
@@ -60,7 +63,7 @@ pub(crate) fn round(name: &str, problem: Problem<'_>, rounding: Rounding) -> Res
         let leadership = Leadership::new(problem.hessian, n).map_err(QuantError::game(name))?;
         leadership.round(problem, &grid).map_err(QuantError::game(name))?
     } else {
-        grid.nearest_codes(problem.weights, n)
+        grid.nearest_codes(problem.weights, &importance)
     };
     let trace = if rounding.method == Method::Nash {
         let rule = BestResponse {

@@ -108,6 +108,7 @@ fn equilibrium(
         },
         damping: report.damping,
         start: report.start,
+        codebook: report.codebook,
         sensitivity: report.sensitivity,
         seed: report.seed,
         ..CompressOptions::default()
