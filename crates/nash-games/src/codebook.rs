@@ -52,7 +52,13 @@ pub fn fit_grid(weights: &[f32], cols: usize, h: &[f32], options: FitOptions) ->
     if options.levels == LevelKind::Trellis && bits < WINDOW_BITS {
         let (trellis, scales) = trellis::fit(weights, cols, h, bits, options.rounds);
         let (codebook, unit) = integers(trellis.table());
-        return Ok(encode_scales(options.width, codebook, unit, &scales, Grid::groups(cols)));
+        return Ok(encode_scales(
+            options.width,
+            codebook,
+            unit,
+            &scales,
+            Grid::groups(cols),
+        ));
     }
     let mut scales = largest_magnitudes(weights, cols);
     let mut levels = uniform_levels(options.width);

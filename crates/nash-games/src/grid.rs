@@ -82,8 +82,7 @@ impl Book {
         if repeats && own.is_sorted() {
             return Book::Scalar(Levels::new(own));
         }
-        let table: [f32; TABLE] =
-            std::array::from_fn(|i| codebook.get(i).copied().map_or(0.0, f32::from));
+        let table: [f32; TABLE] = std::array::from_fn(|i| codebook.get(i).copied().map_or(0.0, f32::from));
         Book::Trellis(Trellis::new(width.bits(), table))
     }
 
@@ -176,7 +175,7 @@ impl Grid {
                             }
                         }
                         Book::Trellis(trellis) => {
-                            let nearest = pulp::Arch::new().dispatch(|| trellis::nearest(w, h, trellis, step));
+                            let nearest = trellis::nearest(w, h, trellis, step);
                             codes.copy_from_slice(&nearest[..codes.len()]);
                         }
                     }

@@ -214,13 +214,7 @@ struct Chunk<'a> {
 }
 
 impl<'a> Chunk<'a> {
-    fn new(
-        weights: &'a [f32],
-        hessian: &'a [f32],
-        n: usize,
-        book: &'a Book,
-        row_steps: Vec<f32>,
-    ) -> Self {
+    fn new(weights: &'a [f32], hessian: &'a [f32], n: usize, book: &'a Book, row_steps: Vec<f32>) -> Self {
         let rows = row_steps.len();
         let zeros = || vec![0.0; weights.len()];
         Self {
@@ -320,7 +314,7 @@ impl<'a> Chunk<'a> {
                     continue;
                 }
                 let at = r * n + start;
-                let mut seat = Seat {
+                let seat = Seat {
                     weights: &self.weights[at..at + len],
                     codes: &mut codes[at..at + len],
                     scale_code: &mut scale_codes[r * groups + g],
@@ -328,9 +322,13 @@ impl<'a> Chunk<'a> {
                     delta: &mut self.delta[at..at + len],
                     change: &mut self.change[r * GROUP..][..len],
                 };
-                let residual = &self.residual[at..at + len];
-                let count =
-                    pulp::Arch::new().dispatch(|| seat.respond(&block, residual, self.book, move_scales));
+                let count = pulp::Arch::new().dispatch(Turn {
+                    seat,
+                    block: &block,
+                    residual: &self.residual[at..at + len],
+                    book: self.book,
+                    move_scale: move_scales,
+                });
                 moves[r] += count;
                 moved[r] = count > 0;
             }
@@ -421,6 +419,25 @@ impl Block {
     }
 }
 
+/// A seat's turn: what a closure would hold, but inlined into the code for this CPU's instruction set for certain.
+struct Turn<'s, 'a> {
+    seat: Seat<'a>,
+    block: &'s Block,
+    residual: &'s [f32],
+    book: &'s Book,
+    move_scale: bool,
+}
+
+impl pulp::NullaryFnOnce for Turn<'_, '_> {
+    type Output = u64;
+
+    #[inline(always)]
+    fn call(mut self) -> u64 {
+        self.seat
+            .respond(self.block, self.residual, self.book, self.move_scale)
+    }
+}
+
 /// The players of one row and one block.
 struct Seat<'a> {
     weights: &'a [f32],
@@ -479,7 +496,13 @@ impl Seat<'_> {
 
     /// Each chain takes the best path found; where that is the present one, single codes are asked.
     #[inline(always)]
-    fn respond_in_chains(&mut self, block: &Block, local: &mut [f32; GROUP], trellis: &Trellis, step: f32) -> u64 {
+    fn respond_in_chains(
+        &mut self,
+        block: &Block,
+        local: &mut [f32; GROUP],
+        trellis: &Trellis,
+        step: f32,
+    ) -> u64 {
         let mut moves = 0;
         for index in 0..CHAINS {
             let mut codes = trellis::gather(self.codes, index);

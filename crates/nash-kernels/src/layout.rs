@@ -45,6 +45,7 @@ pub(crate) const BLOCKS: usize = GROUP / BLOCK;
 ///
 /// # Panics
 /// If `chain` is not below [`CHAINS`] or `symbol` not below [`CHAIN`].
+#[inline]
 pub const fn chain_column(chain: usize, symbol: usize) -> usize {
     assert!(chain < CHAINS && symbol < CHAIN);
     BLOCK * (symbol / RUN) + RUN * chain + symbol % RUN

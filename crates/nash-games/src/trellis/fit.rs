@@ -63,17 +63,14 @@ fn search_scales(
         .par_chunks(cols * ROWS_PER_CHUNK)
         .zip(scales.par_chunks_mut(groups * ROWS_PER_CHUNK))
         .for_each(|(w, s)| {
-            pulp::Arch::new().dispatch(|| {
-                for (row, s) in w.chunks(cols).zip(s.chunks_mut(groups)) {
-                    for ((w, h), s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(s) {
-                        *s = best_scale(w, h, trellis, *s, factors);
-                    }
+            for (row, s) in w.chunks(cols).zip(s.chunks_mut(groups)) {
+                for ((w, h), s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(s) {
+                    *s = best_scale(w, h, trellis, *s, factors);
                 }
-            });
+            }
         });
 }
 
-#[inline(always)]
 fn best_scale(w: &[f32], h: &[f32], trellis: &Trellis, start: f32, factors: &[f32]) -> f32 {
     if start <= 0.0 {
         return 0.0;
@@ -95,9 +92,30 @@ fn best_scale(w: &[f32], h: &[f32], trellis: &Trellis, start: f32, factors: &[f3
     best.1
 }
 
-/// The codes of a group of up to 64 weights that minimise `Σ h (w − ŵ)²`, for a step between table values of `step`.
-#[inline(always)]
+/// The codes of a group of up to 64 weights that minimise `Σ h (w − ŵ)²`, if a table entry of 1 is worth `step`.
 pub(crate) fn nearest(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROUP] {
+    pulp::Arch::new().dispatch(Nearest { w, h, trellis, step })
+}
+
+/// The arguments of [`nearest`]: what a closure would hold, but inlined into the code for this CPU's instruction set for certain.
+struct Nearest<'a> {
+    w: &'a [f32],
+    h: &'a [f32],
+    trellis: &'a Trellis,
+    step: f32,
+}
+
+impl pulp::NullaryFnOnce for Nearest<'_> {
+    type Output = [u8; GROUP];
+
+    #[inline(always)]
+    fn call(self) -> [u8; GROUP] {
+        nearest_here(self.w, self.h, self.trellis, self.step)
+    }
+}
+
+#[inline(always)]
+fn nearest_here(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROUP] {
     let mut codes = [0; GROUP];
     for chain in 0..CHAINS {
         let (weights, diagonal) = (gather(w, chain), gather(h, chain));
@@ -135,15 +153,13 @@ fn refit(weights: &[f32], cols: usize, h: &[f32], scales: &[f32], trellis: Trell
         .par_chunks(ROWS_PER_CHUNK)
         .map(|rows| {
             let mut masses = [(0.0, 0.0); TABLE];
-            pulp::Arch::new().dispatch(|| {
-                for (row, scales) in rows {
-                    for ((w, h), &s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(*scales) {
-                        if s > 0.0 {
-                            add_masses(w, h, &trellis, s, &mut masses);
-                        }
+            for (row, scales) in rows {
+                for ((w, h), &s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(*scales) {
+                    if s > 0.0 {
+                        add_masses(w, h, &trellis, s, &mut masses);
                     }
                 }
-            });
+            }
             masses
         })
         .collect();
@@ -156,7 +172,6 @@ fn refit(weights: &[f32], cols: usize, h: &[f32], scales: &[f32], trellis: Trell
     moved(&trellis, &masses)
 }
 
-#[inline(always)]
 fn add_masses(w: &[f32], h: &[f32], trellis: &Trellis, scale: f32, masses: &mut Masses) {
     let codes = nearest(w, h, trellis, scale);
     for chain in 0..CHAINS {
@@ -217,10 +232,8 @@ pub fn train_for_gaussian(
 /// [`refit`] on all rows of one group each, in one thread.
 fn refit_all(data: &[f32], scales: &[f32], trellis: Trellis) -> Trellis {
     let mut masses = [(0.0, 0.0); TABLE];
-    pulp::Arch::new().dispatch(|| {
-        for (w, &s) in data.chunks(GROUP).zip(scales) {
-            add_masses(w, &[1.0; GROUP], &trellis, s, &mut masses);
-        }
-    });
+    for (w, &s) in data.chunks(GROUP).zip(scales) {
+        add_masses(w, &[1.0; GROUP], &trellis, s, &mut masses);
+    }
     moved(&trellis, &masses)
 }

@@ -19,8 +19,8 @@ mod tables;
 
 use nash_kernels::{CHAIN, CHAINS, GROUP, WINDOW_BITS, chain_column};
 
-pub(crate) use fit::{fit, nearest};
 pub use fit::train_for_gaussian;
+pub(crate) use fit::{fit, nearest};
 pub(crate) use search::{Chain, Matrix, respond, search};
 
 /// Entries of a table.

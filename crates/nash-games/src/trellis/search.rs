@@ -56,13 +56,15 @@ fn search_of<const BITS: usize>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8;
     let mut chosen = [[0u32; STATES]; CHAIN];
     let (mut from, mut to) = (0, 1);
     for s in (0..CHAIN).rev() {
-        let h = chain.diagonal[s];
-        let change: [f32; TABLE] = std::array::from_fn(|w| chain.step * table[w] - chain.values[s]);
-        let mut total = [NEVER; TABLE];
-        for state in 0..states {
+        let (h, value) = (chain.diagonal[s], chain.values[s]);
+        let (mut change, mut total) = ([0.0f32; TABLE], [NEVER; TABLE]);
+        for (change, entry) in change.iter_mut().zip(table) {
+            *change = chain.step * entry - value;
+        }
+        let windows = total.chunks_exact_mut(codes).zip(change.chunks_exact(codes));
+        for (state, (total, change)) in windows.enumerate() {
             let (cost, slope) = (costs[state], 2.0 * residuals[from][state][s]);
-            let window = state * codes..(state + 1) * codes;
-            for (total, d) in total[window.clone()].iter_mut().zip(&change[window]) {
+            for (total, d) in total.iter_mut().zip(change) {
                 *total = cost + d * (slope + d * h);
             }
         }
@@ -73,12 +75,15 @@ fn search_of<const BITS: usize>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8;
             }
         }
         let (mut best, mut window) = ([NEVER; STATES], [0u32; STATES]);
-        for k in 0..codes {
-            for state in 0..states {
-                let (w, candidate) = (k * states + state, total[k * states + state]);
+        for (k, total) in total.chunks_exact(states).enumerate() {
+            for (state, &candidate) in total.iter().enumerate() {
                 let better = candidate < best[state];
                 best[state] = if better { candidate } else { best[state] };
-                window[state] = if better { w as u32 } else { window[state] };
+                window[state] = if better {
+                    (k * states + state) as u32
+                } else {
+                    window[state]
+                };
             }
         }
         (costs, chosen[s]) = (best, window);
@@ -88,7 +93,7 @@ fn search_of<const BITS: usize>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8;
             for state in 0..states {
                 let w = window[state] as usize % TABLE;
                 let d = if chain.exists[s] { change[w] } else { 0.0 };
-                carry(&old[w >> BITS], &h[s], d, &mut new[state], s);
+                carry(&old[w >> BITS], &h[s], d, &mut new[state]);
             }
             (from, to) = (to, from);
         }
@@ -106,16 +111,15 @@ fn search_of<const BITS: usize>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8;
     })
 }
 
-/// `new = old + d · h` for the first `len` elements, rounded up to eight.
+/// `new = old + d · h`. All 32 elements, though those from the present code on are never read: a fixed length costs less than a short one.
 #[inline(always)]
-fn carry(old: &[f32; CHAIN], h: &[f32; CHAIN], d: f32, new: &mut [f32; CHAIN], len: usize) {
-    let blocks = new.as_chunks_mut::<8>().0.iter_mut();
-    let parts = old.as_chunks::<8>().0.iter().zip(h.as_chunks::<8>().0);
-    for (new, (old, h)) in blocks.zip(parts).take(len.div_ceil(8)) {
-        for ((new, old), h) in new.iter_mut().zip(old).zip(h) {
-            *new = old + d * h;
-        }
+fn carry(old: &[f32; CHAIN], h: &[f32; CHAIN], d: f32, new: &mut [f32; CHAIN]) {
+    // By way of a value of its own, which nothing can overlap.
+    let mut sum = [0.0; CHAIN];
+    for ((sum, old), h) in sum.iter_mut().zip(old).zip(h) {
+        *sum = old + d * h;
     }
+    *new = sum;
 }
 
 /// Answers of a chain: the best path found if it gains, else the best answers of single codes, one after the other. A change by `d` has to gain more than `least · Σ h d²`.
@@ -173,7 +177,13 @@ const REACH: usize = 3;
 
 /// The best answer of the code at `s`, taken if it gains.
 #[inline(always)]
-fn respond_alone(trellis: &Trellis, chain: &mut Chain<'_>, codes: &mut [u8; CHAIN], s: usize, least: f32) -> bool {
+fn respond_alone(
+    trellis: &Trellis,
+    chain: &mut Chain<'_>,
+    codes: &mut [u8; CHAIN],
+    s: usize,
+    least: f32,
+) -> bool {
     let windows = trellis.windows(codes);
     let next = windows.get(s + 1).map_or(0, |&w| usize::from(w));
     let reach = WINDOW_BITS.div_ceil(trellis.bits).min(s + 1).min(REACH);
@@ -276,10 +286,7 @@ mod tests {
                     best = best.min(cost(&codes));
                 }
                 // 4 terms of magnitude below 10.
-                assert!(
-                    (cost(&found) - best).abs() < 1e-4,
-                    "{bits} bits, seed {seed}"
-                );
+                assert!((cost(&found) - best).abs() < 1e-4, "{bits} bits, seed {seed}");
             }
         }
     }
@@ -290,12 +297,21 @@ mod tests {
             let trellis = Trellis::new(bits, random(TABLE, 7).try_into().unwrap());
             let root = random(CHAIN * CHAIN, 8);
             let h: Matrix = std::array::from_fn(|i| {
-                std::array::from_fn(|j| (0..CHAIN).map(|k| root[i * CHAIN + k] * root[j * CHAIN + k]).sum())
+                std::array::from_fn(|j| {
+                    (0..CHAIN)
+                        .map(|k| root[i * CHAIN + k] * root[j * CHAIN + k])
+                        .sum()
+                })
             });
             let target = random(CHAIN, 9);
             let mut codes = [0u8; CHAIN];
             let potential = |codes: &[u8; CHAIN]| -> (f32, [f32; CHAIN]) {
-                let delta: Vec<f32> = trellis.chain_values(codes).iter().zip(&target).map(|(v, t)| v - t).collect();
+                let delta: Vec<f32> = trellis
+                    .chain_values(codes)
+                    .iter()
+                    .zip(&target)
+                    .map(|(v, t)| v - t)
+                    .collect();
                 let residual: [f32; CHAIN] =
                     std::array::from_fn(|i| h[i].iter().zip(&delta).map(|(h, d)| h * d).sum());
                 (delta.iter().zip(&residual).map(|(d, r)| d * r).sum(), residual)
@@ -314,7 +330,10 @@ mod tests {
                     break;
                 }
                 let now = potential(&codes).0;
-                assert!(now < last && round < 50, "{bits} bits, round {round}: {last} to {now}");
+                assert!(
+                    now < last && round < 50,
+                    "{bits} bits, round {round}: {last} to {now}"
+                );
                 last = now;
             }
             for (s, code) in (0..CHAIN).flat_map(|s| (0..1u8 << bits).map(move |c| (s, c))) {
