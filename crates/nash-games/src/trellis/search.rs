@@ -37,65 +37,76 @@ pub(crate) struct Chain<'a> {
 /// The best path of a chain, as far as survivors know: its codes.
 #[inline(always)]
 pub(crate) fn search(trellis: &Trellis, chain: &Chain<'_>) -> [u8; CHAIN] {
-    match trellis.bits {
-        2 => search_of::<2>(&trellis.table, chain),
-        3 => search_of::<3>(&trellis.table, chain),
-        4 => search_of::<4>(&trellis.table, chain),
-        5 => search_of::<5>(&trellis.table, chain),
-        _ => search_of::<6>(&trellis.table, chain),
+    let table = &trellis.table;
+    match (trellis.bits, chain.coupling.is_some()) {
+        (2, false) => search_of::<2, false>(table, chain),
+        (2, true) => search_of::<2, true>(table, chain),
+        (3, false) => search_of::<3, false>(table, chain),
+        (3, true) => search_of::<3, true>(table, chain),
+        (4, false) => search_of::<4, false>(table, chain),
+        (4, true) => search_of::<4, true>(table, chain),
+        (5, false) => search_of::<5, false>(table, chain),
+        (5, true) => search_of::<5, true>(table, chain),
+        (_, false) => search_of::<6, false>(table, chain),
+        (_, true) => search_of::<6, true>(table, chain),
     }
 }
 
 #[inline(always)]
-fn search_of<const BITS: usize>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8; CHAIN] {
+fn search_of<const BITS: usize, const COUPLED: bool>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8; CHAIN] {
     // A window is `code + state · 2^BITS`; the state of the code before it is the low bits of the window.
     let (codes, states) = (1usize << BITS, TABLE >> BITS);
+    let values = table.map(|v| chain.step * v);
     let mut costs = [NEVER; STATES];
     costs[0] = 0.0;
-    let mut residuals = [[chain.residual; STATES], [[0.0; CHAIN]; STATES]];
-    let mut chosen = [[0u32; STATES]; CHAIN];
-    let (mut from, mut to) = (0, 1);
+    // Of the code now and of the one before, in turns.
+    let mut residuals = [[[0.0; CHAIN]; STATES]; 2];
+    if COUPLED {
+        residuals[0].fill(chain.residual);
+    }
+    let mut chosen = [[0u8; STATES]; CHAIN];
     for s in (0..CHAIN).rev() {
         let (h, value) = (chain.diagonal[s], chain.values[s]);
-        let (mut change, mut total) = ([0.0f32; TABLE], [NEVER; TABLE]);
-        for (change, entry) in change.iter_mut().zip(table) {
-            *change = chain.step * entry - value;
+        // Per window: its change of value, and what its state brings along.
+        let (mut change, mut cost, mut slope) = ([0.0f32; TABLE], [0.0f32; TABLE], [0.0f32; TABLE]);
+        for (change, v) in change.iter_mut().zip(&values) {
+            *change = v - value;
         }
-        let windows = total.chunks_exact_mut(codes).zip(change.chunks_exact(codes));
-        for (state, (total, change)) in windows.enumerate() {
-            let (cost, slope) = (costs[state], 2.0 * residuals[from][state][s]);
-            for (total, d) in total.iter_mut().zip(change) {
-                *total = cost + d * (slope + d * h);
-            }
+        for state in 0..states {
+            cost[state * codes..][..codes].fill(costs[state]);
+            let residual = if COUPLED {
+                residuals[s % 2 ^ 1][state][s]
+            } else {
+                chain.residual[s]
+            };
+            slope[state * codes..][..codes].fill(2.0 * residual);
         }
         if !chain.exists[s] {
             // Only code 0, which costs nothing.
-            for (w, total) in total.iter_mut().enumerate() {
-                *total = if w % codes == 0 { costs[w / codes] } else { NEVER };
+            for (w, cost) in cost.iter_mut().enumerate().filter(|(w, _)| w % codes != 0) {
+                (*cost, change[w]) = (NEVER, 0.0);
             }
+            change.iter_mut().step_by(codes).for_each(|change| *change = 0.0);
         }
-        let (mut best, mut window) = ([NEVER; STATES], [0u32; STATES]);
-        for (k, total) in total.chunks_exact(states).enumerate() {
-            for (state, &candidate) in total.iter().enumerate() {
-                let better = candidate < best[state];
-                best[state] = if better { candidate } else { best[state] };
-                window[state] = if better {
-                    (k * states + state) as u32
-                } else {
-                    window[state]
-                };
-            }
-        }
-        (costs, chosen[s]) = (best, window);
-        if let Some(h) = chain.coupling {
-            let [a, b] = &mut residuals;
-            let (old, new) = if from == 0 { (&*a, b) } else { (&*b, a) };
+        let (mut best, mut window) = ([f32::INFINITY; STATES], [0u32; STATES]);
+        for first in (0..TABLE).step_by(states) {
             for state in 0..states {
-                let w = window[state] as usize % TABLE;
-                let d = if chain.exists[s] { change[w] } else { 0.0 };
-                carry(&old[w >> BITS], &h[s], d, &mut new[state]);
+                let (w, d) = (first + state, change[first + state]);
+                let total = cost[w] + d * (slope[w] + d * h);
+                let better = total < best[state];
+                best[state] = if better { total } else { best[state] };
+                window[state] = if better { w as u32 } else { window[state] };
             }
-            (from, to) = (to, from);
+        }
+        costs = best;
+        chosen[s] = window.map(|w| w as u8);
+        if COUPLED && let Some(coupling) = chain.coupling {
+            let [even, odd] = &mut residuals;
+            let (old, new) = if s % 2 == 1 { (even, odd) } else { (odd, even) };
+            for (new, w) in new.iter_mut().zip(window).take(states) {
+                let w = w as usize % TABLE;
+                carry(&old[w >> BITS], &coupling[s], change[w], new);
+            }
         }
     }
     let mut state = 0;
@@ -104,11 +115,13 @@ fn search_of<const BITS: usize>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8;
             state = other;
         }
     }
-    std::array::from_fn(|s| {
-        let window = chosen[s][state] as usize % TABLE;
+    let mut path = [0; CHAIN];
+    for (code, chosen) in path.iter_mut().zip(&chosen) {
+        let window = usize::from(chosen[state % STATES]) % TABLE;
         state = window >> BITS;
-        (window % codes) as u8
-    })
+        *code = (window % codes) as u8;
+    }
+    path
 }
 
 /// `new = old + d · h`. All 32 elements, though those from the present code on are never read: a fixed length costs less than a short one.
