@@ -214,8 +214,8 @@ impl<const BITS: usize, const REPEATS: bool> Decoder<BITS, REPEATS> {
     #[target_feature(enable = "avx2")]
     fn part<const PART: usize>(&self, record: &[u8]) -> __m256i {
         assert!(record.len() == record_bytes(BITS));
-        // The chains of the two rows in plane `p`, with zeros above those of a half plane.
         let (q, half) = (PART / HALVES, PART % HALVES);
+        // The chains of the two rows in plane `p`, with zeros above those of a half plane.
         let plane = |p: usize| {
             let plane = &record[64 * p..code_bytes(BITS)];
             match plane.len() {
