@@ -112,35 +112,34 @@ impl Inventory {
 /// Loss of every linear at every width, from one measurement and the layer errors.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Curve {
-    /// Mean KL divergence (nats per token) of the model when only this tensor is compressed, at the reference width. `None` where it
+    /// Mean KL divergence (nats per token) of the model when only this tensor is compressed, by the reference rounding. `None` where it
     /// was not measured.
     pub kl_at_reference: Option<f64>,
     /// Layer error Φ at each of [`Width::ALL`], on a sample of rows.
     pub potential: Vec<f64>,
     /// Energy `Σ w H wᵀ` of the same rows.
     pub energy: f64,
-    /// Index of the reference width in [`Width::ALL`].
-    pub reference: usize,
+    /// Layer error Φ of the reference rounding of the same rows.
+    pub reference: f64,
 }
 
 impl Curve {
     /// Predicted loss at the width with index `w`: the measured one scaled by the layer error (second order).
     pub fn loss(&self, w: usize) -> f64 {
-        let reference = self.potential[self.reference];
         let kl = self
             .kl_at_reference
             .unwrap_or_else(|| self.relative_error())
             .max(0.0);
-        if reference > 0.0 {
-            kl * self.potential[w] / reference
+        if self.reference > 0.0 {
+            kl * self.potential[w] / self.reference
         } else {
             0.0
         }
     }
 
-    /// Layer error at the reference width as a share of the energy, at least a tiny positive number.
+    /// Layer error of the reference rounding as a share of the energy, at least a tiny positive number.
     pub(crate) fn relative_error(&self) -> f64 {
-        (self.potential[self.reference] / self.energy.max(f64::MIN_POSITIVE)).max(1e-12)
+        (self.reference / self.energy.max(f64::MIN_POSITIVE)).max(1e-12)
     }
 }
 
@@ -360,7 +359,7 @@ mod tests {
                 kl_at_reference: Some(if i == 7 { 1.0 } else { 0.01 }),
                 energy: 1.0,
                 potential: Width::ALL.iter().map(|w| 0.25f64.powi(w.bits() as i32)).collect(),
-                reference: 1,
+                reference: 0.25f64.powi(3),
             })
             .collect();
         let budget = inventory.file_bytes(&[Width::new(3).unwrap(); 20]).unwrap();

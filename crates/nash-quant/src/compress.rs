@@ -206,53 +206,43 @@ struct Choice {
     candidates: Vec<(String, f64)>,
 }
 
-/// Solves every candidate allocation and keeps the one with the lowest measured KL divergence on held-back text; ties go to the first.
+/// Solves the candidate allocation whose draft has the lowest measured KL divergence on held-back text; ties go to the first.
 fn select(
     session: &Session<'_>,
     source: &ModelFile,
-    profiles: Vec<Profile>,
+    mut profiles: Vec<Profile>,
     held_back: &[Vec<u32>],
 ) -> Result<Choice, QuantError> {
-    let contest = !held_back.is_empty() && session.options.method == Method::Nash;
-    let probe = if contest {
-        Some(Probe::new(&session.model, held_back)?)
-    } else {
-        None
-    };
-    let mut measured = Vec::new();
-    let mut best: Option<(f64, Profile, Vec<Solved>)> = None;
-    for profile in profiles {
-        session.progress.stage("solve", session.linears.len() as u64);
-        let mut solved = Vec::with_capacity(session.linears.len());
-        for (info, &width) in session.linears.iter().zip(&profile.widths) {
-            solved.push(session.solve(info, width)?);
-            session.progress.advance(1);
-        }
-        let kl = match &probe {
-            Some(probe) => {
-                let mut model = Model::load(source)?;
-                for (info, solved) in session.linears.iter().zip(&solved) {
-                    model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
-                }
-                let kl = probe.kl(&model)?;
-                measured.push((profile.name.to_string(), four_digits(kl)));
-                kl
+    let mut candidates = Vec::new();
+    let mut best = (f64::INFINITY, 0);
+    if profiles.len() > 1 && !held_back.is_empty() {
+        let probe = Probe::new(&session.model, held_back)?;
+        let mut model = Model::load(source)?;
+        for (index, profile) in profiles.iter().enumerate() {
+            session.progress.stage("draft", session.linears.len() as u64);
+            for (info, &width) in session.linears.iter().zip(&profile.widths) {
+                let draft = session.draft(info, width)?;
+                model.set_linear(&info.name, Arc::new(OwnedPacked(draft.matrix)))?;
+                session.progress.advance(1);
             }
-            None => 0.0,
-        };
-        if best.as_ref().is_none_or(|b| kl < b.0) {
-            best = Some((kl, profile, solved));
+            let kl = probe.kl(&model)?;
+            candidates.push((profile.name.to_string(), four_digits(kl)));
+            if kl < best.0 {
+                best = (kl, index);
+            }
         }
     }
-    let Some((_, profile, solved)) = best else {
-        return Err(QuantError::Mismatch(
-            "there is no allocation to choose from".into(),
-        ));
-    };
+    let profile = profiles.swap_remove(best.1);
+    session.progress.stage("solve", session.linears.len() as u64);
+    let mut solved = Vec::with_capacity(session.linears.len());
+    for (info, &width) in session.linears.iter().zip(&profile.widths) {
+        solved.push(session.solve(info, width)?);
+        session.progress.advance(1);
+    }
     Ok(Choice {
         profile,
         solved,
-        candidates: measured,
+        candidates,
     })
 }
 

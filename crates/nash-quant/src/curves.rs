@@ -8,19 +8,15 @@ use nash_models::{DenseLinear, Linear, LinearInfo};
 
 use crate::QuantError;
 use crate::allocate::Curve;
-use crate::options::Sensitivity;
+use crate::options::{Codebook, Sensitivity};
 use crate::probe::Probe;
 use crate::session::Session;
-use crate::tensor::round;
+use crate::tensor::{Rounding, draft};
 
-/// Width at which the effect of a tensor on the whole model is measured.
-const REFERENCE_BITS: usize = 3;
 /// Rows per tensor on which layer errors at all widths are computed.
 const CURVE_ROWS: usize = 48;
 /// Where rows differ in weight, at least one in this many: of a vocabulary, few rows carry most of it.
 const WEIGHTED_SHARE: usize = 64;
-/// Sweeps for curves: the first two make most of the difference.
-const CURVE_SWEEPS: usize = 2;
 /// Linears of one layer that are measured together: so many of them exist in float at a time.
 const TOGETHER: usize = 8;
 
@@ -140,17 +136,27 @@ impl Session<'_> {
         };
         let mut potential = Vec::new();
         for width in Width::ALL {
-            let rounded = round(&info.name, problem, self.rounding(width, CURVE_SWEEPS))?;
+            let rounded = draft(&info.name, problem, self.rounding(width))?;
             potential.push(problem.potential(&rounded.grid, &rounded.codes));
         }
-        let reference = reference_width();
+        let rounded = draft(&info.name, problem, self.reference())?;
+        let reference = problem.potential(&rounded.grid, &rounded.codes);
         let share = whole.weights.len() as f64 / sample.len().max(1) as f64;
         Ok(Curve {
-            kl_at_reference: sensitivity.map(|s| s.scale * share * potential[reference]),
+            kl_at_reference: sensitivity.map(|s| s.scale * share * reference),
             energy: problem.energy(),
             potential,
             reference,
         })
+    }
+
+    /// How the rounding whose effect on the whole model is measured is made. What is asked for is nats per layer error, which does not
+    /// depend on how the error came about: a scalar codebook is several times faster.
+    fn reference(&self) -> Rounding {
+        Rounding {
+            codebook: Codebook::Scalar,
+            ..self.rounding(Width::ALL[1])
+        }
     }
 
     /// The linear as it would be at the reference width.
@@ -159,19 +165,10 @@ impl Session<'_> {
         info: &LinearInfo,
         problem: Problem<'_>,
     ) -> Result<Arc<dyn Linear>, QuantError> {
-        let width = Width::ALL[reference_width()];
-        let rounded = round(&info.name, problem, self.rounding(width, CURVE_SWEEPS))?;
+        let rounded = draft(&info.name, problem, self.reference())?;
         let values = rounded.grid.dequantize(info.cols, &rounded.codes);
         Ok(Arc::new(DenseLinear::new(values, info.rows, info.cols)))
     }
-}
-
-/// Index of the reference width in [`Width::ALL`].
-fn reference_width() -> usize {
-    Width::ALL
-        .iter()
-        .position(|w| w.bits() == REFERENCE_BITS)
-        .unwrap_or(0)
 }
 
 /// Whether the effect of tensors in this layer is measured: all layers of shallow models; in deep ones the first three and the last two,

@@ -12,7 +12,7 @@ use crate::progress::Progress;
 use crate::scratch::Scratch;
 use crate::sensitivity::hessian_key;
 use crate::stored;
-use crate::tensor::{Rounded, Rounding, certify, round};
+use crate::tensor::{DRAFT_SWEEPS, Rounded, Rounding, certify, draft};
 
 /// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
 const CERTIFIED_ROWS: usize = 64;
@@ -154,46 +154,87 @@ impl Session<'_> {
         Ok(w)
     }
 
-    pub(crate) fn rounding(&self, width: Width, max_sweeps: usize) -> Rounding {
+    pub(crate) fn rounding(&self, width: Width) -> Rounding {
         Rounding {
             width,
             method: self.options.method,
             start: self.options.start,
             codebook: self.options.codebook,
-            max_sweeps,
         }
     }
 
-    /// Solves a tensor at a width, or takes it from the scratch folder.
+    /// Solves a tensor at a width, or takes it from the scratch folder. Starts from its draft if there is one.
     pub(crate) fn solve(&self, info: &LinearInfo, width: Width) -> Result<Solved, QuantError> {
+        self.stored(info, width, Effort::Full, |problem| {
+            let mut rounded = match self.scratch.get_bytes(&solved_key(info, width, Effort::Draft))? {
+                Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => {
+                    Rounded::of(draft.matrix.as_ref(), draft.record.sweeps)
+                }
+                _ => draft(&info.name, problem, self.rounding(width))?,
+            };
+            if self.options.method == Method::Nash {
+                let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
+                rounded.play(&info.name, problem, sweeps)?;
+            }
+            let sweeps = rounded.sweeps;
+            let matrix = rounded.pack(&info.name, info.cols)?;
+            let stride = info.rows.div_ceil(CERTIFIED_ROWS);
+            let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
+            Ok((matrix, SolvedRecord { sweeps, certificate }))
+        })
+    }
+
+    /// Rounds a tensor as far as candidates need it, or takes it from the scratch folder.
+    pub(crate) fn draft(&self, info: &LinearInfo, width: Width) -> Result<Solved, QuantError> {
+        self.stored(info, width, Effort::Draft, |problem| {
+            let rounded = draft(&info.name, problem, self.rounding(width))?;
+            let record = SolvedRecord {
+                sweeps: rounded.sweeps,
+                certificate: RoundingCertificate::default(),
+            };
+            Ok((rounded.pack(&info.name, info.cols)?, record))
+        })
+    }
+
+    /// What the scratch folder holds for a tensor; computed first if it does not.
+    fn stored(
+        &self,
+        info: &LinearInfo,
+        width: Width,
+        effort: Effort,
+        compute: impl FnOnce(Problem<'_>) -> Result<(PackedMatrix, SolvedRecord), QuantError>,
+    ) -> Result<Solved, QuantError> {
         self.check_cancelled()?;
-        let key = format!("solved-{}-{}", info.name, width.bits());
-        if let Some(solved) = self
-            .scratch
-            .get_bytes(&key)?
-            .and_then(|b| stored::decode(&b, info, width))
-        {
+        let key = solved_key(info, width, effort);
+        let known = self.scratch.get_bytes(&key)?;
+        if let Some(solved) = known.and_then(|b| stored::decode(&b, info, width)) {
             return Ok(solved);
         }
-        let weights = self.weights(info)?;
-        let hessian = self.hessian(info)?;
-        let problem = Problem {
+        let (weights, hessian) = (self.weights(info)?, self.hessian(info)?);
+        let (matrix, record) = compute(Problem {
             weights: &weights,
             cols: info.cols,
             hessian: &hessian,
-        };
-        let rounded: Rounded = round(&info.name, problem, self.rounding(width, self.options.max_sweeps))?;
-        let sweeps = rounded.trace.moves.len();
-        let matrix = rounded.pack(&info.name, info.cols)?;
-        let stride = info.rows.div_ceil(CERTIFIED_ROWS);
-        let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
-        let solved = Solved {
-            matrix,
-            record: SolvedRecord { sweeps, certificate },
-        };
+        })?;
+        let solved = Solved { matrix, record };
         self.scratch.put_bytes(&key, &stored::encode(&solved)?)?;
         Ok(solved)
     }
+}
+
+/// How far a tensor is solved.
+#[derive(Clone, Copy, Debug)]
+enum Effort {
+    Draft,
+    Full,
+}
+
+fn solved_key(info: &LinearInfo, width: Width, effort: Effort) -> String {
+    let kind = match effort {
+        Effort::Draft => "draft",
+        Effort::Full => "solved",
+    };
+    format!("{kind}-{}-{}", info.name, width.bits())
 }
 
 fn site_key(layer: usize, site: Site) -> String {

@@ -2,12 +2,15 @@
 
 use nash_games::codebook::{FitOptions, LevelKind, fit_grid};
 use nash_games::leader::Leadership;
-use nash_games::rounding::{BestResponse, Problem, Trace, play};
+use nash_games::rounding::{BestResponse, Problem, play};
 use nash_games::{Grid, RoundingCertificate, certify_rounding};
 use nash_kernels::{PackedMatrix, PackedRef, PackedShape, Unpacked, Width, pack, unpack};
 
 use crate::QuantError;
 use crate::options::{Codebook, Method, Start};
+
+/// Sweeps of a draft: the first two make most of the difference.
+pub(crate) const DRAFT_SWEEPS: usize = 2;
 
 /// How to round a tensor.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,8 +23,6 @@ pub(crate) struct Rounding {
     pub(crate) start: Start,
     /// What codes are worth (for [`Method::Nash`]).
     pub(crate) codebook: Codebook,
-    /// Sweeps at most (for [`Method::Nash`]).
-    pub(crate) max_sweeps: usize,
 }
 
 /// A rounded tensor.
@@ -31,15 +32,15 @@ pub(crate) struct Rounded {
     pub(crate) grid: Grid,
     /// Codes `[m, n]`.
     pub(crate) codes: Vec<u8>,
-    /// The play; empty for the baselines.
-    pub(crate) trace: Trace,
+    /// Sweeps played; 0 for the baselines.
+    pub(crate) sweeps: usize,
 }
 
-/// Rounds `problem` (named for errors).
+/// Rounds `problem` (named for errors): a fitted grid, a start and, for the games, [`DRAFT_SWEEPS`] sweeps.
 ///
 /// # Errors
 /// If the lengths do not agree or, for sequential rounding, the Hessian cannot be factored.
-pub(crate) fn round(name: &str, problem: Problem<'_>, rounding: Rounding) -> Result<Rounded, QuantError> {
+pub(crate) fn draft(name: &str, problem: Problem<'_>, rounding: Rounding) -> Result<Rounded, QuantError> {
     let n = problem.cols;
     let importance: Vec<f32> = (0..n).map(|i| problem.hessian[i * n + i]).collect();
     let (levels, rounds) = match (rounding.method, rounding.codebook) {
@@ -53,31 +54,61 @@ pub(crate) fn round(name: &str, problem: Problem<'_>, rounding: Rounding) -> Res
         levels,
         rounds,
     };
-    let mut grid = fit_grid(problem.weights, n, &importance, fit).map_err(QuantError::game(name))?;
+    let grid = fit_grid(problem.weights, n, &importance, fit).map_err(QuantError::game(name))?;
     let leads = match rounding.method {
         Method::Nash => rounding.start == Start::LeaderFollower,
         Method::RoundToNearest => false,
         Method::Gptq => true,
     };
-    let mut codes = if leads {
+    let codes = if leads {
         let leadership = Leadership::new(problem.hessian, n).map_err(QuantError::game(name))?;
         leadership.round(problem, &grid).map_err(QuantError::game(name))?
     } else {
         grid.nearest_codes(problem.weights, &importance)
     };
-    let trace = if rounding.method == Method::Nash {
-        let rule = BestResponse {
-            max_sweeps: rounding.max_sweeps,
-            move_scales: true,
-        };
-        play(problem, &mut grid, &mut codes, rule).map_err(QuantError::game(name))?
-    } else {
-        Trace::default()
+    let mut rounded = Rounded {
+        grid,
+        codes,
+        sweeps: 0,
     };
-    Ok(Rounded { grid, codes, trace })
+    if rounding.method == Method::Nash {
+        rounded.play(name, problem, DRAFT_SWEEPS)?;
+    }
+    Ok(rounded)
 }
 
 impl Rounded {
+    /// What a packed tensor holds, after `sweeps` sweeps.
+    pub(crate) fn of(packed: PackedRef<'_>, sweeps: usize) -> Self {
+        let width = packed.shape().width;
+        let parts = unpack(packed);
+        Self {
+            grid: Grid {
+                width,
+                codebook: parts.codebook,
+                row_scales: parts.row_scales,
+                scale_codes: parts.scale_codes,
+            },
+            codes: parts.codes,
+            sweeps,
+        }
+    }
+
+    /// Plays on, for at most `sweeps` sweeps. Playing on from a packed draft gives what playing on at once gives.
+    ///
+    /// # Errors
+    /// If the lengths do not agree.
+    pub(crate) fn play(&mut self, name: &str, problem: Problem<'_>, sweeps: usize) -> Result<(), QuantError> {
+        let rule = BestResponse {
+            max_sweeps: sweeps,
+            move_scales: true,
+        };
+        let trace =
+            play(problem, &mut self.grid, &mut self.codes, rule).map_err(QuantError::game(name))?;
+        self.sweeps += trace.moves.len();
+        Ok(())
+    }
+
     /// Packs the tensor `[rows, cols]`.
     ///
     /// # Errors
@@ -111,13 +142,6 @@ pub(crate) fn certify(
     packed: PackedRef<'_>,
     stride: usize,
 ) -> Result<RoundingCertificate, QuantError> {
-    let width = packed.shape().width;
-    let parts = unpack(packed);
-    let grid = Grid {
-        width,
-        codebook: parts.codebook,
-        row_scales: parts.row_scales,
-        scale_codes: parts.scale_codes,
-    };
-    certify_rounding(problem, &grid, &parts.codes, stride).map_err(QuantError::game(name))
+    let Rounded { grid, codes, .. } = Rounded::of(packed, 0);
+    certify_rounding(problem, &grid, &codes, stride).map_err(QuantError::game(name))
 }
