@@ -103,8 +103,7 @@ impl Rounded {
             max_sweeps: sweeps,
             move_scales: true,
         };
-        let trace =
-            play(problem, &mut self.grid, &mut self.codes, rule).map_err(QuantError::game(name))?;
+        let trace = play(problem, &mut self.grid, &mut self.codes, rule).map_err(QuantError::game(name))?;
         self.sweeps += trace.moves.len();
         Ok(())
     }

@@ -44,7 +44,7 @@ fn root_mean_squares(weights: &[f32], cols: usize) -> Vec<f32> {
 /// Multiples of the current scale to try.
 fn factors(round: usize) -> &'static [f32] {
     match round {
-        0 => &[1.0, 0.8, 0.9, 1.12, 1.25],
+        0 => &[1.0, 0.87, 1.15],
         _ => &[1.0, 0.95, 1.05],
     }
 }
