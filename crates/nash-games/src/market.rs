@@ -4,8 +4,17 @@
 //! `−a_t(f) − λ·bytes_t(f)`. Without interactions the best responses at one price are a Nash equilibrium and the total size falls as
 //! λ rises, so λ is found by bisection (Everett 1963, generalised Lagrange multipliers). Integer sizes leave a remainder that the
 //! price cannot place; it is spent on the upgrades with the largest gain per byte that still fit.
+//!
+//! A price cannot place a player whose single step is a large part of the budget, such as the embedding of a small model with a large
+//! vocabulary: either everyone else is squeezed for it, or it is given up and everyone else is flooded. Such players lead (Stackelberg 1934): every combination of
+//! their formats is tried, the market of all others answers each, and they commit to what ends best.
 
 use crate::error::GameError;
+
+/// A player leads if a step between two of its formats takes more than this share of the budget.
+const LEADER_SHARE: f64 = 0.04;
+/// Leaders at most; the largest ones. Each multiplies the number of markets by the number of its formats.
+const MOST_LEADERS: usize = 3;
 
 /// One player: its choices as (bytes, loss).
 #[derive(Debug, Clone, PartialEq)]
@@ -27,8 +36,10 @@ pub struct MarketOutcome {
     pub unspent_bytes: u64,
     /// Sum of the losses.
     pub loss: f64,
-    /// Largest gain any player could make at the clearing price by another format that the unspent bytes allow. Zero at an equilibrium.
+    /// Largest gain any player who answers to the price could make at it by another format that the unspent bytes allow. Zero at an equilibrium.
     pub max_regret: f64,
+    /// Players who led: their formats are the best of all, each answered by the market of the others.
+    pub leaders: Vec<usize>,
 }
 
 /// Clears the market.
@@ -45,6 +56,76 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
         .sum();
     if smallest > budget {
         return Err(GameError::BudgetTooSmall { budget, smallest });
+    }
+    let leaders = leaders(players, budget);
+    let mut best: Option<(f64, f64, Vec<usize>)> = None;
+    for committed in combinations(players, &leaders) {
+        let mut market = players.to_vec();
+        for (&leader, &choice) in leaders.iter().zip(&committed) {
+            market[leader].choices = vec![players[leader].choices[choice]];
+        }
+        let Some((price, mut chosen)) = clear_at_a_price(&market, budget) else {
+            continue;
+        };
+        for (&leader, &choice) in leaders.iter().zip(&committed) {
+            chosen[leader] = choice;
+        }
+        let loss = total(players, &chosen).1;
+        if best.as_ref().is_none_or(|b| loss < b.0) {
+            best = Some((loss, price, chosen));
+        }
+    }
+    let Some((loss, price, chosen)) = best else {
+        return Err(GameError::BudgetTooSmall { budget, smallest });
+    };
+    let bytes = total(players, &chosen).0;
+    let mut outcome = MarketOutcome {
+        chosen,
+        price,
+        bytes,
+        unspent_bytes: budget - bytes,
+        loss,
+        max_regret: 0.0,
+        leaders,
+    };
+    outcome.max_regret = max_regret(players, &outcome);
+    Ok(outcome)
+}
+
+/// The players too large for a price, largest step first.
+fn leaders(players: &[Player], budget: u64) -> Vec<usize> {
+    let step = |player: &Player| {
+        let mut bytes: Vec<u64> = player.choices.iter().map(|c| c.0).collect();
+        bytes.sort_unstable();
+        bytes.windows(2).map(|p| p[1] - p[0]).max().unwrap_or(0)
+    };
+    let mut found: Vec<(u64, usize)> = players.iter().map(step).zip(0..).collect();
+    found.retain(|&(step, _)| step as f64 > LEADER_SHARE * budget as f64);
+    found.sort_by_key(|&(step, player)| (std::cmp::Reverse(step), player));
+    found.into_iter().take(MOST_LEADERS).map(|f| f.1).collect()
+}
+
+/// Every combination of the leaders' formats; one empty combination if nobody leads.
+fn combinations(players: &[Player], leaders: &[usize]) -> Vec<Vec<usize>> {
+    leaders.iter().fold(vec![Vec::new()], |found, &leader| {
+        let choices = 0..players[leader].choices.len();
+        let extended = |before: &Vec<usize>| {
+            choices
+                .clone()
+                .map(|c| [&before[..], &[c]].concat())
+                .collect::<Vec<_>>()
+        };
+        found.iter().flat_map(extended).collect()
+    })
+}
+
+/// The price at which the best responses fit the budget, and the responses with the remainder spent; `None` if the smallest do not fit.
+fn clear_at_a_price(players: &[Player], budget: u64) -> Option<(f64, Vec<usize>)> {
+    let smallest = players
+        .iter()
+        .map(|p| p.choices.iter().map(|c| c.0).min().unwrap_or(0));
+    if smallest.sum::<u64>() > budget {
+        return None;
     }
     // At price 0 everyone buys the best; raise the price until the total fits, then bisect.
     let (mut low, mut high) = (0.0, f64::INFINITY);
@@ -75,24 +156,14 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
         }
     }
     spend_remainder(players, budget, &mut chosen);
-    let price = if high.is_finite() { high } else { 0.0 };
-    let (bytes, loss) = total(players, &chosen);
-    let mut outcome = MarketOutcome {
-        chosen,
-        price,
-        bytes,
-        unspent_bytes: budget - bytes,
-        loss,
-        max_regret: 0.0,
-    };
-    outcome.max_regret = max_regret(players, &outcome);
-    Ok(outcome)
+    Some((if high.is_finite() { high } else { 0.0 }, chosen))
 }
 
 /// The largest gain a player could make at the price of `outcome` without exceeding the budget; shares no code with the search for the price.
 pub fn max_regret(players: &[Player], outcome: &MarketOutcome) -> f64 {
     let mut worst = 0.0f64;
-    for (player, &now) in players.iter().zip(&outcome.chosen) {
+    let followers = players.iter().zip(&outcome.chosen).enumerate();
+    for (_, (player, &now)) in followers.filter(|(t, _)| !outcome.leaders.contains(t)) {
         let (bytes, loss) = player.choices[now];
         for &(other_bytes, other_loss) in &player.choices {
             let affordable = other_bytes <= bytes + outcome.unspent_bytes;
@@ -195,6 +266,9 @@ mod tests {
             // Weak duality (Everett 1963): no profile within the bytes bought at the price can be better by more than what the
             // remainder is worth at that price.
             prop_assert!(outcome.loss <= exhaustive(&players, budget) + outcome.price * budget as f64 + 1e-9);
+            if outcome.leaders.len() == players.len() {
+                prop_assert!(outcome.loss <= exhaustive(&players, budget) + 1e-9, "{outcome:?}");
+            }
         }
 
         #[test]
@@ -203,6 +277,26 @@ mod tests {
             let found = clear_market(&players, smallest - 1);
             prop_assert_eq!(found, Err(GameError::BudgetTooSmall { budget: smallest - 1, smallest }));
         }
+    }
+
+    #[test]
+    fn a_player_too_large_for_a_price_leads() {
+        let giant = Player {
+            choices: vec![(600, 1.0), (900, 0.3), (1200, 0.08)],
+        };
+        let small = Player {
+            choices: (2..=8).map(|bits| (bits, 0.25f64.powi(bits as i32))).collect(),
+        };
+        let mut players = vec![small; 100];
+        players.push(giant);
+        // Beside the giant at 900 the others have four bytes each. At any price at which it stays there they want more than fits.
+        let outcome = clear_market(&players, 1300).unwrap();
+        assert_eq!((outcome.leaders.as_slice(), outcome.chosen[100]), (&[100][..], 1));
+        assert!(
+            (outcome.loss - (0.3 + 100.0 * 0.25f64.powi(4))).abs() < 1e-9,
+            "{outcome:?}"
+        );
+        assert_eq!(outcome.unspent_bytes, 0);
     }
 
     #[test]
