@@ -83,12 +83,15 @@ proptest! {
     }
 
     #[test]
-    fn the_certificate_notices_a_player_that_could_gain(seed in any::<u64>(), victim in 0usize..20 * 96) {
+    fn the_certificate_notices_a_player_that_could_gain(
+        seed in any::<u64>(), victim in 0usize..20 * 96, levels in prop::sample::select(vec![LevelKind::Codebook, LevelKind::Trellis])
+    ) {
         let (weights, hessian) = instance(20, 96, seed);
         let problem = Problem { weights: &weights, cols: 96, hessian: &hessian };
-        let mut grid = fitted(problem, 3);
+        let mut grid = fitted_as(problem, 3, levels);
         let mut codes = grid.nearest_codes(&weights, &diagonal_of(&hessian, 96));
         play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
+        // Another code for the victim, far from its own on a scalar grid.
         codes[victim] = if codes[victim] < 4 { 7 } else { 0 };
         let certificate = certify_rounding(problem, &grid, &codes, 1).unwrap();
         prop_assert!(certificate.unsettled > 0);
@@ -121,6 +124,40 @@ fn every_stage_beats_the_one_before() {
         e_played < e_nearest && e_led < e_nearest && e_led_played < e_led,
         "{e_nearest} {e_led} {e_led_played} {e_played}"
     );
+}
+
+#[test]
+fn a_trellis_errs_less_than_a_scalar_codebook() {
+    let (weights, hessian) = instance(96, 192, 5);
+    let problem = Problem {
+        weights: &weights,
+        cols: 192,
+        hessian: &hessian,
+    };
+    // At least half, in decibels, of what the tables gain on a Gaussian without coupling: 1.27, 1.50, 1.31 and 0.63 dB.
+    for (bits, gain) in [(2, 1.27), (3, 1.50), (4, 1.31), (5, 0.63)] {
+        let error = |levels| {
+            let mut grid = fitted_as(problem, bits, levels);
+            let mut codes = grid.nearest_codes(&weights, &diagonal_of(&hessian, 192));
+            play(problem, &mut grid, &mut codes, TO_THE_END).unwrap();
+            problem.potential(&grid, &codes)
+        };
+        let ratio = error(LevelKind::Trellis) / error(LevelKind::Codebook);
+        assert!(ratio < 10f64.powf(-0.05 * gain), "{bits} bits: {ratio}");
+    }
+}
+
+#[test]
+fn a_grid_on_which_codes_share_values_cannot_be_led() {
+    let (weights, hessian) = instance(4, 64, 2);
+    let problem = Problem {
+        weights: &weights,
+        cols: 64,
+        hessian: &hessian,
+    };
+    let grid = fitted_as(problem, 3, LevelKind::Trellis);
+    let leadership = Leadership::new(&hessian, 64).unwrap();
+    assert_eq!(leadership.round(problem, &grid), Err(GameError::NotScalar));
 }
 
 #[test]

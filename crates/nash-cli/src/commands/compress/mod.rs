@@ -10,7 +10,7 @@ use nash_eval::memory;
 use nash_eval::report::{Report, Row};
 use nash_kernels::Width;
 use nash_models::ModelConfig;
-use nash_quant::{Budget, CompressOptions, Method, Sensitivity};
+use nash_quant::{Budget, Codebook, CompressOptions, Method, Sensitivity};
 
 use crate::args::{Json, Threads};
 use crate::calibration::{Source, calibration};
@@ -62,6 +62,9 @@ pub(crate) struct Compress {
     /// How weights are rounded
     #[arg(long, value_enum, default_value_t = Rounding::Nash)]
     method: Rounding,
+    /// What a weight's value is looked up by
+    #[arg(long, value_enum, default_value_t = Lookup::Trellis)]
+    codebook: Lookup,
     /// How it is known what a tensor's rounding costs the whole model
     #[arg(long, value_enum, default_value_t = Losses::Measured)]
     losses: Losses,
@@ -76,6 +79,9 @@ pub(crate) struct Compress {
     /// Go on where an interrupted compression stopped
     #[arg(long)]
     resume: bool,
+    /// Keep intermediate results in this folder; further budgets for the same model and options start from them
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
     /// Replace the folder if it exists
     #[arg(long, conflicts_with = "resume")]
     force: bool,
@@ -92,6 +98,24 @@ enum Rounding {
     Rtn,
     /// Baseline: GPTQ with act-order on a uniform grid, one width everywhere
     Gptq,
+}
+
+/// Names of the codebooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Lookup {
+    /// Six bits of the stream, the weight's own and those that follow: errs least, decodes as fast with AVX-512
+    Trellis,
+    /// The weight's own bits: decodes faster where there is no AVX-512
+    Scalar,
+}
+
+impl From<Lookup> for Codebook {
+    fn from(lookup: Lookup) -> Self {
+        match lookup {
+            Lookup::Trellis => Self::Trellis,
+            Lookup::Scalar => Self::Scalar,
+        }
+    }
 }
 
 /// Names of the ways to know losses.
@@ -149,6 +173,7 @@ impl Compress {
             budget: self.budget(&config)?,
             tensor_types: self.tensor_type.clone(),
             method: self.method.into(),
+            codebook: self.codebook.into(),
             sensitivity: self.losses.into(),
             ..CompressOptions::default()
         };
@@ -166,12 +191,14 @@ impl Compress {
         Ok(CompressOptions {
             budget: self.budget(loaded.model.config())?,
             method: self.method.into(),
+            codebook: self.codebook.into(),
             sensitivity: self.losses.into(),
             tensor_types: self.tensor_type.clone(),
             seed: self.seed,
             calibration,
             resume: self.resume,
             force: self.force,
+            work_dir: self.work_dir.clone(),
             ..CompressOptions::default()
         })
     }
