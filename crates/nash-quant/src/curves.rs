@@ -8,7 +8,7 @@ use nash_models::{DenseLinear, Linear, LinearInfo};
 
 use crate::QuantError;
 use crate::allocate::Curve;
-use crate::options::{Codebook, Sensitivity};
+use crate::options::Codebook;
 use crate::probe::Probe;
 use crate::session::Session;
 use crate::tensor::{Rounding, draft};
@@ -44,7 +44,7 @@ impl Session<'_> {
                 self.progress.advance(group.len() as u64);
             }
         }
-        if self.sensitivity_kind() == Sensitivity::Measured {
+        if self.sensitivity_kind().measures() {
             interpolate(&linears, &mut curves);
         }
         Ok(curves)
@@ -58,7 +58,7 @@ impl Session<'_> {
     ) -> Result<Vec<Curve>, QuantError> {
         let (layer, layers) = (group[0].layer, self.model.config().num_layers());
         let stride = self.options.probe_layer_stride.max(1);
-        let measures = self.sensitivity_kind() == Sensitivity::Measured
+        let measures = self.sensitivity_kind().measures()
             && layer.is_none_or(|layer| is_measured(layer, layers, stride));
         let mut curves = Vec::with_capacity(group.len());
         let mut changes: Vec<(&str, Arc<dyn Linear>)> = Vec::new();
@@ -110,7 +110,10 @@ impl Session<'_> {
     /// Layer errors of one linear, and its predicted KL divergence if there are gradients.
     fn curve(&self, info: &LinearInfo, whole: Problem<'_>) -> Result<Curve, QuantError> {
         let n = info.cols;
-        let sensitivity = self.sensitivity(info)?;
+        let sensitivity = match self.sensitivity_kind().measures() {
+            true => None,
+            false => self.sensitivity(info)?,
+        };
         let rows = match sensitivity {
             Some(_) => CURVE_ROWS.max(info.rows / WEIGHTED_SHARE),
             None => CURVE_ROWS,

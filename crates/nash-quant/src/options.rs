@@ -64,6 +64,9 @@ pub enum Sensitivity {
     /// Measured as the KL divergence of the model with this one tensor rounded; in deep models in some layers and interpolated.
     #[default]
     Measured,
+    /// Measured likewise; tokens of the rounding game are weighted by gradients of the whole model's loss, from one reverse pass over the calibration
+    /// text. Models without a reverse pass (mixtures of experts) are not weighted.
+    Weighted,
     /// Predicted from gradients of the whole model's loss, which also weight the tokens of the rounding game. Faster; better where the
     /// divergence is small. Models without a reverse pass (mixtures of experts) are measured instead.
     Gradient,
@@ -111,6 +114,18 @@ pub struct CompressOptions {
     pub force: bool,
     /// Folder for intermediate results, kept and shared between budgets; default: `OUT.work`, removed at the end.
     pub work_dir: Option<std::path::PathBuf>,
+}
+
+impl Sensitivity {
+    /// Whether the rounding game weights tokens by gradients.
+    pub(crate) fn weights_tokens(self) -> bool {
+        self != Self::Measured
+    }
+
+    /// Whether losses are measured.
+    pub(crate) fn measures(self) -> bool {
+        self != Self::Gradient
+    }
 }
 
 impl Default for CompressOptions {

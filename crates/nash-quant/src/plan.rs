@@ -8,7 +8,7 @@ use nash_models::ModelConfig;
 
 use crate::QuantError;
 use crate::allocate::{Inventory, fixed_widths, uniform};
-use crate::options::{CompressOptions, Sensitivity};
+use crate::options::CompressOptions;
 
 /// Sizes, memory and time for a model and a budget.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -130,9 +130,8 @@ impl Cost {
             .collect();
         sites.dedup();
         let gram: f64 = sites.iter().map(|s| (s.2 as f64).powi(2)).sum();
-        let gradient = options.sensitivity == Sensitivity::Gradient;
         // With gradients: forward, again and back, and a Hessian per linear instead of one per input.
-        let calibrate = if gradient {
+        let calibrate = if options.sensitivity.weights_tokens() {
             let grams: f64 = inventory.linears.iter().map(|l| (l.cols as f64).powi(2)).sum();
             2.0 * tokens * (3.0 * params + grams)
         } else {
@@ -147,10 +146,10 @@ impl Cost {
         let solve = sweep * (options.max_sweeps as f64 + 2.0) * 1.5;
         // Measuring: every linear once at the reference width, half of the layers on average, and the head.
         let head = 2.0 * (config.vocab_size * config.hidden_size) as f64;
-        let measure = if gradient {
-            0.0
-        } else {
+        let measure = if options.sensitivity.measures() {
             inventory.linears.len() as f64 * probe * (params + head) + 4.0 * sweep
+        } else {
+            0.0
         };
         let largest = inventory.linears.iter().map(|l| l.weights()).max().unwrap_or(0);
         let widest = inventory.linears.iter().map(|l| l.cols as u64).max().unwrap_or(0);

@@ -68,9 +68,10 @@ impl Session<'_> {
         if !self.needs_hessians() || self.scratch.has("calibrated") {
             return Ok(());
         }
-        match self.sensitivity_kind() {
-            Sensitivity::Gradient => self.calibrate_with_gradients(),
-            Sensitivity::Measured => self.calibrate_forward(),
+        if self.sensitivity_kind().weights_tokens() {
+            self.calibrate_with_gradients()
+        } else {
+            self.calibrate_forward()
         }
     }
 
@@ -125,9 +126,10 @@ impl Session<'_> {
         let n = info.cols;
         let layer = info.layer.unwrap_or(self.model.config().num_layers());
         if self.needs_hessians() && info.site != Site::Embedding {
-            let key = match self.sensitivity_kind() {
-                Sensitivity::Gradient => hessian_key(&info.name),
-                Sensitivity::Measured => site_key(layer, info.site),
+            let key = if self.sensitivity_kind().weights_tokens() {
+                hessian_key(&info.name)
+            } else {
+                site_key(layer, info.site)
             };
             let stored = self.scratch.get_bytes(&key)?;
             if let Some(h) = stored.and_then(|b| triangle::from_bytes(&b, n)) {

@@ -123,6 +123,8 @@ impl From<Lookup> for Codebook {
 enum Losses {
     /// The KL divergence with one tensor rounded is measured
     Measured,
+    /// Measured; one reverse pass weights the tokens of the rounding game
+    Weighted,
     /// Predicted from one reverse pass, which also weights tokens: faster, better from about 4 bits on, worse below
     Gradient,
 }
@@ -131,6 +133,7 @@ impl From<Losses> for Sensitivity {
     fn from(losses: Losses) -> Self {
         match losses {
             Losses::Measured => Self::Measured,
+            Losses::Weighted => Self::Weighted,
             Losses::Gradient => Self::Gradient,
         }
     }
