@@ -3,9 +3,9 @@
 //! A folder holds
 //!
 //! * `config.json`: the model's configuration, with a `quantization_config` that lists every packed tensor:
-//!   `{"quant_method": "nashswarm", "format_version": 1, "group_size": 64, "tensors": {NAME: {"bits": 3, "shape": [m, n]}}}`;
+//!   `{"quant_method": "nashswarm", "format_version": 2, "group_size": 64, "tensors": {NAME: {"bits": 3, "shape": [m, n]}}}`;
 //! * `model.safetensors`: for a packed tensor `NAME.packed` U8 `[stream bytes]` (see [`PackedRef`]), `NAME.row_scales` F16 `[m]`
-//!   and `NAME.codebook` I8 `[2^bits]` (absent at 8 bits); float tensors under their own names;
+//!   and `NAME.codebook` I8 `[64]` (absent at 8 bits); float tensors under their own names;
 //! * `nashswarm.json`: the report of the compression, with the SHA-256 of every tensor under `sha256` (one digest for the parts
 //!   of a packed tensor);
 //! * tokenizer files as in any model folder.
@@ -32,7 +32,7 @@ pub const REPORT_FILE: &str = "nashswarm.json";
 /// Value of `quantization_config.quant_method`.
 pub const QUANT_METHOD: &str = "nashswarm";
 /// The version of the format that this crate reads and writes.
-pub const FORMAT_VERSION: u64 = 1;
+pub const FORMAT_VERSION: u64 = 2;
 /// Key of the report under which the tensors' digests are.
 pub const SHA256_KEY: &str = "sha256";
 /// Key of `config.json` under which the packed tensors are listed.
@@ -70,7 +70,7 @@ pub struct PackedTensor {
 }
 
 impl PackedTensor {
-    /// A packed matrix from its parts: the record stream, the row scales `[m]` and the codebook `[2^bits]` (empty at
+    /// A packed matrix from its parts: the record stream, the row scales `[m]` and the codebook `[64]` (empty at
     /// 8 bits); see [`PackedRef`].
     ///
     /// # Errors
@@ -412,7 +412,12 @@ fn quantization_config(config: &Value) -> Result<QuantizationConfig> {
             format: "nashswarm",
             version,
         };
-        return Err(CoreError::new(kind).with_hint("a newer version of this program reads it"));
+        let hint = if version < FORMAT_VERSION {
+            "an older version of this program wrote it; compress the model again"
+        } else {
+            "a newer version of this program reads it"
+        };
+        return Err(CoreError::new(kind).with_hint(hint));
     }
     let parsed = QuantizationConfig::deserialize(value).map_err(|e| invalid(e.to_string()))?;
     if parsed.group_size != GROUP {

@@ -209,7 +209,7 @@ fn a_tensor_of_unknown_type_is_refused_and_not_the_file() {
 fn packed(change: impl FnOnce(&mut Value, &mut Value)) -> Result<PackedFolder, CoreError> {
     let mut config = json!({ "quantization_config": {
         "quant_method": "nashswarm",
-        "format_version": 1,
+        "format_version": 2,
         "group_size": 64,
         "tensors": { "w": { "bits": 2, "shape": [4, 64] } },
     }});
@@ -217,10 +217,10 @@ fn packed(change: impl FnOnce(&mut Value, &mut Value)) -> Result<PackedFolder, C
         "n": tensor("F32", &[1], [0, 4]),
         "w.row_scales": tensor("F16", &[4], [4, 12]),
         "w.packed": tensor("U8", &[68], [12, 80]),
-        "w.codebook": tensor("I8", &[4], [80, 84]),
+        "w.codebook": tensor("I8", &[64], [80, 144]),
     });
     change(&mut config, &mut header);
-    PackedFolder::from_bytes(config.to_string().as_bytes(), b"{}", raw(header.to_string(), 84))
+    PackedFolder::from_bytes(config.to_string().as_bytes(), b"{}", raw(header.to_string(), 144))
 }
 
 #[test]
@@ -250,8 +250,15 @@ fn packed_model_of_another_format() {
             .to_string()
     };
     assert!(spoil("quant_method", json!("gptq")).contains("quant_method is \"gptq\""));
-    assert!(spoil("format_version", json!(2)).contains("version 2 is not supported"));
-    assert!(spoil("format_version", json!("1")).contains("no format_version"));
+    for (version, hint) in [(1, "compress the model again"), (3, "a newer version")] {
+        let error = spoil("format_version", json!(version));
+        assert!(
+            error.contains(&format!("version {version} is not supported")),
+            "{error}"
+        );
+        assert!(error.contains(hint), "{error}");
+    }
+    assert!(spoil("format_version", json!("2")).contains("no format_version"));
     assert!(spoil("group_size", json!(128)).contains("group_size is 128"));
     assert!(spoil("tensors", json!([])).contains("invalid quantization_config"));
     assert!(spoil("tensors", json!({ "w": { "bits": 2 } })).contains("shape"));
@@ -317,7 +324,7 @@ fn packed_model_with_parts_that_belong_to_nothing() {
 #[test]
 fn packed_model_with_scales_that_are_not_finite() {
     let config = json!({ "quantization_config": {
-        "quant_method": "nashswarm", "format_version": 1, "group_size": 64,
+        "quant_method": "nashswarm", "format_version": 2, "group_size": 64,
         "tensors": { "w": { "bits": 8, "shape": [1, 1] } },
     }});
     let header =

@@ -380,13 +380,13 @@ fn packed_tensors_with_bad_parts_are_refused() {
         )
         .map_err(|e| e.to_string())
     };
-    assert!(new(68, &[1.0; 4], &[0; 4]).is_ok());
-    assert!(new(67, &[1.0; 4], &[0; 4]).unwrap_err().contains("stream"));
-    assert!(new(68, &[1.0; 3], &[0; 4]).unwrap_err().contains("row scales"));
-    assert!(new(68, &[1.0; 4], &[0; 5]).unwrap_err().contains("codebook"));
-    assert!(new(68, &[1.0; 4], &[0, 1, -128, 2]).unwrap_err().contains("-128"));
+    assert!(new(68, &[1.0; 4], &[0; 64]).is_ok());
+    assert!(new(67, &[1.0; 4], &[0; 64]).unwrap_err().contains("stream"));
+    assert!(new(68, &[1.0; 3], &[0; 64]).unwrap_err().contains("row scales"));
+    assert!(new(68, &[1.0; 4], &[0; 4]).unwrap_err().contains("codebook"));
+    assert!(new(68, &[1.0; 4], &[-128; 64]).unwrap_err().contains("-128"));
     assert!(
-        new(68, &[1.0, f32::NAN, 1.0, 1.0], &[0; 4])
+        new(68, &[1.0, f32::NAN, 1.0, 1.0], &[0; 64])
             .unwrap_err()
             .contains("row scale 1 is NaN")
     );

@@ -189,23 +189,41 @@ fn encode(codes: &[u8; TILE_WEIGHTS], width: Width, out: &mut [u8]) {
 
 /// The `count` bits from the begin of each code on, `[block][row][16]`: codes or windows. Zeros follow a chain.
 fn fields(codes: &[u8], width: Width, count: usize) -> [u8; TILE_WEIGHTS] {
+    // One plane more than there can be: the zeros.
+    let mut planes = [[0; TILE_CHAINS]; CHAIN_BYTES / WORD + 1];
+    let (full, half) = codes.as_chunks::<{ WORD * TILE_CHAINS }>();
+    for (plane, bytes) in planes.iter_mut().zip(full) {
+        *plane = std::array::from_fn(|chain| u64::from_le_bytes(bytes.as_chunks().0[chain]));
+    }
+    for (word, bytes) in planes[full.len()].iter_mut().zip(half.as_chunks().0) {
+        *word = u64::from(u32::from_le_bytes(*bytes));
+    }
     let bits = width.bits();
-    let mut chains = [[0; CHAIN_BYTES]; TILE_CHAINS];
-    for (p, plane) in codes.chunks(WORD * TILE_CHAINS).enumerate() {
-        let bytes = plane.len() / TILE_CHAINS;
-        for (chain, part) in chains.iter_mut().zip(plane.chunks_exact(bytes)) {
-            chain[WORD * p..][..bytes].copy_from_slice(part);
+    let mut found = [0; TILE_WEIGHTS];
+    for (q, found) in found
+        .as_chunks_mut::<{ RUN * TILE_CHAINS }>()
+        .0
+        .iter_mut()
+        .enumerate()
+    {
+        let (plane, shift) = (RUN * bits * q / 64, RUN * bits * q % 64);
+        for (chain, found) in found.as_chunks_mut().0.iter_mut().enumerate() {
+            let two = u128::from(planes[plane + 1][chain]) << 64 | u128::from(planes[plane][chain]);
+            *found = spread((two >> shift) as u64, bits, count).to_le_bytes();
         }
     }
-    let mut found = [0; TILE_WEIGHTS];
-    for (run, found) in found.as_chunks_mut::<RUN>().0.iter_mut().enumerate() {
-        let (q, chain) = (run / TILE_CHAINS, run % TILE_CHAINS);
-        let mut word = [0; WORD];
-        word.copy_from_slice(&chains[chain][bits * q..][..WORD]);
-        let word = u64::from_le_bytes(word);
-        *found = std::array::from_fn(|i| (word >> (bits * i)) as u8 & (u8::MAX >> (8 - count)));
-    }
     found
+}
+
+/// Bits `bits · i` to `bits · i + count` of the word into its byte `i`. Halves, then their halves, then their bytes
+/// are taken apart, each with what it shares with the next one.
+fn spread(word: u64, bits: usize, count: usize) -> u64 {
+    const BYTES: u64 = 0x0001_0001_0001_0001;
+    const HALVES: u64 = 0x0000_ffff_0000_ffff;
+    let word = word & 0xffff_ffff | word >> (4 * bits) << 32;
+    let word = word & HALVES | (word >> (2 * bits) & HALVES) << 16;
+    let mask = BYTES * (0xff >> (8 - count));
+    word & mask | (word >> bits & mask) << 8
 }
 
 #[cfg(test)]

@@ -1,10 +1,14 @@
 //! Kernels for AVX2.
 //!
 //! A register holds 16 columns of two rows, one row in each 128-bit half and one chain in each 64-bit word; a record is
-//! eight of them. `vpshufb` takes the two bytes with the window of every even code, `vpmulhuw` and `vpmullw` shift each
-//! by its own count, the same for odd codes, and values come from four tables of 16 bytes. `vpmaddubsw` multiplies
-//! unsigned by signed bytes, so the sign of the weight is moved to the activation: `|w| · (a · sign w)`. With
-//! `|w| ≤ 128` and `|a| ≤ 127` a pair is at most 32 512 and does not saturate.
+//! eight of them. `vpshufb` puts the two bytes that hold the window of an even code into each 16-bit word, and a product with
+//! a power of two shifts every word by its own count; the same for odd codes. Values come from four tables of 16 bytes:
+//! `vpshufb` gives 0 for a negative index, so with tables of differences `t[0]`, `t[1] ^ t[0]`, … the value of window `w` is the xor of
+//! the look-ups of `w`, `w − 16`, `w − 32` and `w − 48`. (Blends would compete with `vpshufb` for its ports.) A codebook that repeats
+//! after 16 entries takes one look-up.
+//!
+//! `vpmaddubsw` multiplies unsigned by signed bytes, so the sign of the weight is moved to the activation:
+//! `|w| · (a · sign w)`. With `|w| ≤ 128` and `|a| ≤ 127` a pair is at most 32 512 and does not saturate.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -22,39 +26,62 @@ pub(super) const KERNEL: Kernel = Kernel {
 
 /// Registers that hold the four rows of a block.
 const HALVES: usize = 2;
-/// Registers that hold a record.
-const PARTS: usize = HALVES * BLOCKS;
+
+/// Repeats `$body` for the eight registers of a record, with their number as the constant `$part`.
+macro_rules! for_parts {
+    ($part:ident => $body:block) => {
+        for_parts!($part => $body, 0 1 2 3 4 5 6 7)
+    };
+    ($part:ident => $body:block, $($number:literal)*) => {
+        $({
+            const $part: usize = $number;
+            $body
+        })*
+    };
+}
 
 /// # Safety
 /// The CPU has AVX2; `tiles` are in range, and no other thread stores them.
 unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
     // SAFETY: passed on.
-    unsafe { for_width!(one_of, job, tiles) }
+    unsafe {
+        if repeats(&job.table) {
+            for_width!(one_of<true>, job, tiles)
+        } else {
+            for_width!(one_of<false>, job, tiles)
+        }
+    }
 }
 
 /// # Safety
 /// The CPU has AVX2.
 unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
     // SAFETY: passed on.
-    unsafe { for_width!(decode_of, job, tile, groups, panel) }
+    unsafe {
+        if repeats(&job.table) {
+            for_width!(decode_of<true>, job, tile, groups, panel)
+        } else {
+            for_width!(decode_of<false>, job, tile, groups, panel)
+        }
+    }
 }
 
 /// # Safety
 /// `tiles` are in range, and no other thread stores them.
 #[target_feature(enable = "avx2")]
-unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
-    let decoder = Decoder::<BITS>::new(&job.table);
+unsafe fn one_of<const BITS: usize, const REPEATS: bool>(job: &Job<'_>, tiles: Range<usize>) {
+    let decoder = Decoder::<BITS, REPEATS>::new(&job.table);
     let x = job.x.block(0).0;
     for tile in tiles {
         let mut lanes = [_mm256_setzero_ps(); HALVES];
         for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
             prefetch(record);
             let mut sums = [_mm256_setzero_si256(); HALVES];
-            for (part, weights) in decoder.record(record).into_iter().enumerate() {
-                let (q, half) = (part / HALVES, part % HALVES);
-                let codes = broadcast(&x.codes.as_chunks::<BLOCK>().0[q]);
-                sums[half] = _mm256_add_epi32(sums[half], products(weights, codes));
-            }
+            for_parts!(PART => {
+                let codes = broadcast(&x.codes.as_chunks::<BLOCK>().0[PART / HALVES]);
+                let products = products(decoder.part::<PART>(record), codes);
+                sums[PART % HALVES] = _mm256_add_epi32(sums[PART % HALVES], products);
+            });
             let scales = _mm_mul_ps(scales::<BITS>(record), _mm_set1_ps(x.scale));
             for (half, (lanes, sums)) in lanes.iter_mut().zip(sums).enumerate() {
                 let term = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), spread_rows(scales, half));
@@ -67,22 +94,23 @@ unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
 }
 
 #[target_feature(enable = "avx2")]
-fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
-    let decoder = Decoder::<BITS>::new(&job.table);
+fn decode_of<const BITS: usize, const REPEATS: bool>(
+    job: &Job<'_>,
+    tile: usize,
+    groups: Range<usize>,
+    panel: &mut Panel,
+) {
+    let decoder = Decoder::<BITS, REPEATS>::new(&job.table);
     let bytes = record_bytes(BITS);
     let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
     let panel = panel.weights.iter_mut().zip(&mut panel.scales);
     for (record, (weights, scale)) in records.chunks_exact(bytes).zip(panel) {
         prefetch(record);
-        for (weights, part) in weights
-            .as_chunks_mut::<{ 2 * BLOCK }>()
-            .0
-            .iter_mut()
-            .zip(decoder.record(record))
-        {
+        let weights = weights.as_chunks_mut::<{ 2 * BLOCK }>().0;
+        for_parts!(PART => {
             // SAFETY: 32 bytes are written to an array of 32 bytes.
-            unsafe { _mm256_storeu_si256(weights.as_mut_ptr().cast(), part) }
-        }
+            unsafe { _mm256_storeu_si256(weights[PART].as_mut_ptr().cast(), decoder.part::<PART>(record)) }
+        });
         // SAFETY: 16 bytes are written to an array of four floats.
         unsafe { _mm_storeu_ps(scale.as_mut_ptr(), scales::<BITS>(record)) }
     }
@@ -148,15 +176,14 @@ fn multiply_of<const TOKENS: usize>(
     }
 }
 
-/// Turns codes into values; see the module.
-struct Decoder<const BITS: usize> {
+/// Turns codes into values; see the module. `REPEATS`: the codebook [repeats].
+struct Decoder<const BITS: usize, const REPEATS: bool> {
+    /// The first table, and the differences of each other one to that before it.
     tables: [__m256i; 4],
-    /// The four tables are the same.
-    repeats: bool,
 }
 
-impl<const BITS: usize> Decoder<BITS> {
-    /// For each block, for even and odd codes, which bytes of its register hold their windows.
+impl<const BITS: usize, const REPEATS: bool> Decoder<BITS, REPEATS> {
+    /// For each block the controls of `vpshufb` for even and for odd codes.
     const PICKS: [[[i8; BLOCK]; 2]; BLOCKS] = {
         let mut picks = [[[0; BLOCK]; 2]; BLOCKS];
         let mut q = 0;
@@ -166,123 +193,94 @@ impl<const BITS: usize> Decoder<BITS> {
         }
         picks
     };
-    /// For even and odd codes the factor that moves each window: the even ones from the upper half of the product to bit 0,
-    /// the odd ones to bit 8.
-    const FACTORS: [[i8; BLOCK]; 2] = {
-        let mut factors = [[0; BLOCK]; 2];
-        let mut code = 0;
-        while code < BLOCK {
-            let shift = BITS * (code % RUN) % 8;
-            let factor: u16 = match (code % 2, shift) {
-                (0, 0) => 1 << 8,
-                (0, _) => 1 << (16 - shift),
-                _ => 1 << (8 - shift),
-            };
-            let bytes = factor.to_le_bytes();
-            factors[code % 2][code / 2 * 2] = bytes[0].cast_signed();
-            factors[code % 2][code / 2 * 2 + 1] = bytes[1].cast_signed();
-            code += 1;
-        }
-        factors
-    };
+    /// The factors for even and for odd codes.
+    const FACTORS: [[u16; BLOCK / 2]; 2] = [factors(BITS, 0), factors(BITS, 1)];
 
     #[inline]
     #[target_feature(enable = "avx2")]
     fn new(table: &[i8; 64]) -> Self {
-        let tables = table.as_chunks::<16>().0;
-        Decoder {
-            tables: std::array::from_fn(|i| broadcast(&tables[i])),
-            repeats: tables.iter().all(|part| part == &tables[0]),
+        let mut tables = [_mm256_setzero_si256(); 4];
+        let mut last = _mm256_setzero_si256();
+        for (difference, part) in tables.iter_mut().zip(table.as_chunks().0) {
+            let part = broadcast(part);
+            *difference = _mm256_xor_si256(part, last);
+            last = part;
         }
-    }
-
-    /// The weights of a record, `[block][row][16]`, 32 in each register.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn record(&self, record: &[u8]) -> [__m256i; PARTS] {
-        assert!(record.len() == record_bytes(BITS));
-        [
-            self.part::<0>(record),
-            self.part::<1>(record),
-            self.part::<2>(record),
-            self.part::<3>(record),
-            self.part::<4>(record),
-            self.part::<5>(record),
-            self.part::<6>(record),
-            self.part::<7>(record),
-        ]
+        Decoder { tables }
     }
 
     /// Weights `32 · PART ..` of a record.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn part<const PART: usize>(&self, record: &[u8]) -> __m256i {
+        assert!(record.len() == record_bytes(BITS));
+        // The chains of the two rows in plane `p`, with zeros above those of a half plane.
         let (q, half) = (PART / HALVES, PART % HALVES);
         let plane = |p: usize| {
-            let (offset, rest) = (64 * p, code_bytes(BITS) - 64 * p);
-            // SAFETY: `record` has checked the length: half of a plane of 64 or of 32 bytes is read.
-            unsafe {
-                match rest {
-                    32 => {
-                        _mm256_cvtepu32_epi64(_mm_loadu_si128(record.as_ptr().add(offset + 16 * half).cast()))
-                    }
-                    _ => _mm256_loadu_si256(record.as_ptr().add(offset + 32 * half).cast()),
-                }
+            let plane = &record[64 * p..code_bytes(BITS)];
+            match plane.len() {
+                // SAFETY: half of the 32 bytes is read.
+                32 => _mm256_cvtepu32_epi64(unsafe { _mm_loadu_si128(plane[16 * half..].as_ptr().cast()) }),
+                // SAFETY: half of the first 64 bytes is read.
+                _ => unsafe { _mm256_loadu_si256(plane[32 * half..].as_ptr().cast()) },
             }
         };
         if BITS == 8 {
             return _mm256_xor_si256(plane(q), _mm256_set1_epi8(i8::MIN));
         }
-        let (p, first) = (BITS * q / 8, BITS * q % 8);
-        let end = first + (7 * BITS + WINDOW_BITS).div_ceil(8);
-        let words = if end > 8 && 8 * (p + 1) < CHAIN / 8 * BITS {
-            // Bytes 4.. of the words of this plane, and bytes ..4 of the next one at their place.
+        // Byte `k` of the chain is to be byte `k % 8` of its word, for all bytes with windows of the block.
+        let (p, end) = (BITS * q / 8, (8 * BITS * q + 7 * BITS + WINDOW_BITS).div_ceil(8));
+        let words = if end > 8 * (p + 1) && 8 * (p + 1) < chain_bytes(BITS) {
             _mm256_blend_epi32::<0b0101_0101>(plane(p), plane(p + 1))
         } else {
             plane(p)
         };
-        let [even, odd] = [0, 1].map(|parity| _mm256_shuffle_epi8(words, broadcast(&Self::PICKS[q][parity])));
-        let even = _mm256_mulhi_epu16(even, broadcast(&Self::FACTORS[0]));
-        let odd = _mm256_mullo_epi16(odd, broadcast(&Self::FACTORS[1]));
-        self.look_up(_mm256_blendv_epi8(
-            even,
-            odd,
-            _mm256_set1_epi16(0xff00u16.cast_signed()),
-        ))
+        let [even, odd] = [0, 1].map(|parity| {
+            let picked = _mm256_shuffle_epi8(words, broadcast(&Self::PICKS[q][parity]));
+            _mm256_mullo_epi16(picked, broadcast_words(&Self::FACTORS[parity]))
+        });
+        let odd = _mm256_and_si256(odd, _mm256_set1_epi16(0x3f00));
+        self.look_up(_mm256_or_si256(_mm256_srli_epi16::<10>(even), odd))
     }
 
-    /// The values of 32 windows, whose bytes may hold anything in their upper two bits.
+    /// The values of 32 windows.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn look_up(&self, windows: __m256i) -> __m256i {
-        let low = _mm256_and_si256(windows, _mm256_set1_epi8(0b1111));
-        let from = |table: usize| _mm256_shuffle_epi8(self.tables[table], low);
-        if self.repeats {
-            return from(0);
+        let mut values = _mm256_shuffle_epi8(self.tables[0], windows);
+        if !REPEATS {
+            for (table, first) in self.tables[1..].iter().zip([16, 32, 48]) {
+                let index = _mm256_sub_epi8(windows, _mm256_set1_epi8(first));
+                values = _mm256_xor_si256(values, _mm256_shuffle_epi8(*table, index));
+            }
         }
-        // A blend looks at the top bit of each byte.
-        let (bit_4, bit_5) = (_mm256_slli_epi16::<3>(windows), _mm256_slli_epi16::<2>(windows));
-        let below_32 = _mm256_blendv_epi8(from(0), from(1), bit_4);
-        let above_32 = _mm256_blendv_epi8(from(2), from(3), bit_4);
-        _mm256_blendv_epi8(below_32, above_32, bit_5)
+        values
     }
 }
 
-/// For block `q` and the even (`parity` 0) or odd codes of two chains: the bytes of the words in [`Decoder::part`] that
-/// hold each window, as a control of `vpshufb`. A window that begins with a byte is put into the upper one, because it is to
-/// be shifted.
+/// Whether the table is 16 entries four times. Also at 8 bits, which have none.
+fn repeats(table: &[i8; 64]) -> bool {
+    table[16..] == table[..48]
+}
+
+/// Bytes of a chain.
+const fn chain_bytes(bits: usize) -> usize {
+    CHAIN / 8 * bits
+}
+
+/// The bit in its run at which the even (`parity` 0) or odd code of word `word` of two chains begins.
+const fn begin(bits: usize, parity: usize, word: usize) -> usize {
+    bits * (2 * word % RUN + parity)
+}
+
+/// For block `q` and the even or odd codes of two chains: which byte of [`Decoder::part`]'s words holds the begin of each window, and
+/// the byte after it; beyond the end of the chain zero.
 const fn pick(bits: usize, q: usize, parity: usize) -> [i8; BLOCK] {
     let mut control = [-128; BLOCK];
     let mut at = 0;
     while at < BLOCK {
-        let bit = bits * (at / 2 * 2 % RUN + parity);
-        let begins_in_upper = parity == 0 && bit.is_multiple_of(8);
-        let byte = bits * q + bit / 8 + at % 2;
-        if begins_in_upper {
-            if at % 2 == 1 {
-                control[at] = (at / 8 * 8 + (byte - 1) % 8) as i8;
-            }
-        } else if byte < CHAIN / 8 * bits {
+        let byte = bits * q + begin(bits, parity, at / 2) / 8 + at % 2;
+        if byte < chain_bytes(bits) {
             control[at] = (at / 8 * 8 + byte % 8) as i8;
         }
         at += 1;
@@ -290,11 +288,29 @@ const fn pick(bits: usize, q: usize, parity: usize) -> [i8; BLOCK] {
     control
 }
 
+/// What moves the windows of even codes to bits 10 to 16 of their words, and those of odd codes to bits 8 to 14.
+const fn factors(bits: usize, parity: usize) -> [u16; BLOCK / 2] {
+    let mut factors = [0; BLOCK / 2];
+    let mut word = 0;
+    while word < factors.len() {
+        factors[word] = 1 << (10 - 2 * parity - begin(bits, parity, word) % 8);
+        word += 1;
+    }
+    factors
+}
+
 #[inline]
 #[target_feature(enable = "avx2")]
 fn broadcast(codes: &[i8; BLOCK]) -> __m256i {
     // SAFETY: an array of 16 bytes is read.
     unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.as_ptr().cast())) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn broadcast_words(words: &[u16; BLOCK / 2]) -> __m256i {
+    // SAFETY: an array of 16 bytes is read.
+    unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(words.as_ptr().cast())) }
 }
 
 /// Products of weights and activations, added up in fours.

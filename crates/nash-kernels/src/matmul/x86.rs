@@ -7,16 +7,16 @@ use crate::layout::TILE_ROWS;
 /// How far ahead of the stream to prefetch, in bytes.
 const AHEAD: usize = 2048;
 
-/// Calls `$function::<bits>` for the width of the job.
+/// Calls `$function::<bits>` or `$function::<bits, flag>` for the width of the job.
 macro_rules! for_width {
-    ($function:ident, $job:expr $(, $argument:expr)*) => {
+    ($function:ident $(<$flag:literal>)?, $job:expr $(, $argument:expr)*) => {
         match $job.w.shape().width.bits() {
-            2 => $function::<2>($job $(, $argument)*),
-            3 => $function::<3>($job $(, $argument)*),
-            4 => $function::<4>($job $(, $argument)*),
-            5 => $function::<5>($job $(, $argument)*),
-            6 => $function::<6>($job $(, $argument)*),
-            _ => $function::<8>($job $(, $argument)*),
+            2 => $function::<2 $(, $flag)?>($job $(, $argument)*),
+            3 => $function::<3 $(, $flag)?>($job $(, $argument)*),
+            4 => $function::<4 $(, $flag)?>($job $(, $argument)*),
+            5 => $function::<5 $(, $flag)?>($job $(, $argument)*),
+            6 => $function::<6 $(, $flag)?>($job $(, $argument)*),
+            _ => $function::<8 $(, $flag)?>($job $(, $argument)*),
         }
     };
 }
