@@ -70,6 +70,12 @@ pub enum ModelError {
         /// The name asked for.
         name: String,
     },
+    /// A float tensor of this name does not exist.
+    #[error("the model has no float tensor named {name}")]
+    NoSuchFloat {
+        /// The name asked for.
+        name: String,
+    },
     /// A token id is outside the vocabulary.
     #[error("token {id} is outside the vocabulary of {vocab} tokens")]
     TokenOutOfRange {

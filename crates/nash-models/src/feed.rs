@@ -49,6 +49,22 @@ pub(crate) struct Context<'a> {
 const CHUNK: usize = 1 << 14;
 
 impl Feed {
+    /// Visits every float tensor that the block uses.
+    pub(crate) fn for_each_float(&mut self, visit: &mut dyn FnMut(&mut Arc<[f32]>)) {
+        match self {
+            Self::Dense(mlp) => mlp.for_each_bias(visit),
+            Self::Experts(experts) => {
+                experts.router.bias.iter_mut().for_each(&mut *visit);
+                for mlp in experts.experts.iter_mut().chain(&mut experts.shared) {
+                    mlp.for_each_bias(visit);
+                }
+                for float in [&mut experts.correction, &mut experts.shared_gate] {
+                    float.iter_mut().for_each(&mut *visit);
+                }
+            }
+        }
+    }
+
     /// The block applied to `scratch.normed [T, d]`, into `scratch.out [T, d]`.
     pub(crate) fn forward(&self, cx: &mut Context<'_>, d: usize, scratch: &mut Scratch) {
         match self {
@@ -69,6 +85,11 @@ impl Feed {
 }
 
 impl Mlp {
+    fn for_each_bias(&mut self, visit: &mut dyn FnMut(&mut Arc<[f32]>)) {
+        let projections = self.gate.iter_mut().chain([&mut self.up, &mut self.down]);
+        projections.for_each(|p| p.bias.iter_mut().for_each(&mut *visit));
+    }
+
     /// The caller has shown the input to the tap, and lent it the buffer, which comes back to `buffers`.
     fn forward(
         &self,

@@ -1,5 +1,7 @@
 //! One transformer layer: attention and a feed-forward block on the residual stream.
 
+use std::sync::Arc;
+
 use crate::attention::{Attend, attend};
 use crate::cache::KvCache;
 use crate::config::{ModelConfig, NormPlacement, Positions};
@@ -38,6 +40,24 @@ pub(crate) struct Call<'a> {
 }
 
 impl Layer {
+    /// Visits every float tensor that the layer uses.
+    pub(crate) fn for_each_float(&mut self, visit: &mut dyn FnMut(&mut Arc<[f32]>)) {
+        let norms = [&mut self.attn_norm, &mut self.mlp_norm].into_iter();
+        let others = [
+            &mut self.q_norm,
+            &mut self.k_norm,
+            &mut self.attn_post_norm,
+            &mut self.mlp_post_norm,
+        ];
+        for norm in norms.chain(others.into_iter().flatten()) {
+            norm.for_each_float(visit);
+        }
+        for projection in [&mut self.q, &mut self.k, &mut self.v, &mut self.o] {
+            projection.bias.iter_mut().for_each(&mut *visit);
+        }
+        self.feed.for_each_float(visit);
+    }
+
     /// `x [T, d]` in place; keys and values of positions `start..start + T` go into the cache.
     pub(crate) fn forward(
         &self,

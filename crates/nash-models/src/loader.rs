@@ -351,6 +351,7 @@ impl Assembly<'_> {
         let weight = weight.ok_or_else(|| ModelError::NoSuchLinear { name: key.name() })?;
         let norm = &self.config.norm;
         Ok(Norm {
+            name: key.base(),
             kind: norm.kind,
             eps: norm.eps,
             weight,

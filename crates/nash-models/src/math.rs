@@ -119,6 +119,15 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
+/// Sum of the rows of `x [.., n]`.
+pub(crate) fn column_sums(x: &[f32], n: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; n];
+    for row in x.chunks_exact(n) {
+        sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
+    }
+    sums
+}
+
 /// Maximum of the values and `start`.
 pub(crate) fn max(start: f32, x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };

@@ -118,6 +118,45 @@ impl Model {
             .collect()
     }
 
+    /// Replaces the values of one of [`Self::float_tensors`].
+    ///
+    /// # Errors
+    /// There is no float tensor of this name, or it has another number of values.
+    pub fn set_float(&mut self, name: &str, values: Vec<f32>) -> Result<()> {
+        let floats = &mut self.weights.floats;
+        let Some((_, shape, stored)) = floats.iter_mut().find(|float| float.0 == name) else {
+            return Err(ModelError::NoSuchFloat {
+                name: name.to_owned(),
+            });
+        };
+        if values.len() != stored.len() {
+            return Err(ModelError::WrongShape {
+                file: "replacement".into(),
+                tensor: name.to_owned(),
+                expected: shape.clone(),
+                found: vec![values.len()],
+            });
+        }
+        let old = std::mem::replace(stored, values.into());
+        let new = Arc::clone(stored);
+        // The blocks share the tensor with the list.
+        let mut replace = |used: &mut Arc<[f32]>| {
+            if Arc::ptr_eq(used, &old) {
+                *used = Arc::clone(&new);
+            }
+        };
+        self.layers
+            .iter_mut()
+            .for_each(|layer| layer.for_each_float(&mut replace));
+        if let Some(norm) = &mut self.final_norm {
+            norm.for_each_float(&mut replace);
+        }
+        if let Some(positions) = &mut self.positions {
+            replace(positions);
+        }
+        Ok(())
+    }
+
     /// Bytes of all stored weights, as they lie in the file or in memory.
     #[must_use]
     pub fn resident_bytes(&self) -> usize {

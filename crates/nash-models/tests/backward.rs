@@ -84,11 +84,11 @@ fn loss(model: &Model, x: &[f32], c: &[f32]) -> f64 {
     dot(&logits, c)
 }
 
-/// The gradient `Σ_t g[t]ᵀ x[t]` of every weight matrix.
+/// The gradient of every weight matrix, `Σ_t g[t]ᵀ x[t]`, and of every float tensor.
 #[derive(Default)]
-struct WeightGradients(BTreeMap<String, Vec<f32>>);
+struct Gradients(BTreeMap<String, Vec<f32>>);
 
-impl GradientTap for WeightGradients {
+impl GradientTap for Gradients {
     fn linear(&mut self, name: &str, x: &[f32], g: &[f32], tokens: usize) {
         let (n, m) = (x.len() / tokens, g.len() / tokens);
         let sum = self.0.entry(name.to_owned()).or_insert_with(|| vec![0.0; m * n]);
@@ -98,6 +98,30 @@ impl GradientTap for WeightGradients {
             }
         }
     }
+
+    fn float(&mut self, name: &str, g: &[f32]) {
+        let sum = self
+            .0
+            .entry(name.to_owned())
+            .or_insert_with(|| vec![0.0; g.len()]);
+        sum.iter_mut().zip(g).for_each(|(s, g)| *s += g);
+    }
+}
+
+/// Compares a gradient with the slope of the loss along a random direction from `at`; `loss` takes the moved values. Where the loss does not
+/// feel them (biases of keys without rotation), the difference is all rounding: δ/ε is allowed on top.
+fn check(what: &str, at: &[f32], gradient: &[f32], seed: u64, mut loss: impl FnMut(Vec<f32>) -> f64) {
+    let scale = at.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+    let u: Vec<f32> = noise(at.len(), seed).iter().map(|v| v * scale).collect();
+    let mut moved = |by: f32| loss(at.iter().zip(&u).map(|(v, u)| v + by * u).collect());
+    let slope = (moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP);
+    let size = (dot(gradient, gradient) * dot(&u, &u)).sqrt() / (u.len() as f64).sqrt();
+    let found = dot(gradient, &u);
+    let rounding = 1e-6 * loss(at.to_vec()).abs() / f64::from(STEP);
+    assert!(
+        (found - slope).abs() < 1e-2 * size + rounding,
+        "{what}: {found} for a slope of {slope}, scale {size}, rounding {rounding}"
+    );
 }
 
 #[test]
@@ -112,7 +136,7 @@ fn gradients_are_the_slopes_of_the_loss() {
         model.embed(&ids, 0, &mut x).unwrap();
         let c = noise(tokens * vocab, 1);
         let states = states(&model, &x);
-        let mut taps = WeightGradients::default();
+        let mut taps = Gradients::default();
         let mut g = states[layers].clone();
         model.head_backward(&mut g, &mut taps, |first, logits| {
             let at = first * vocab;
@@ -124,28 +148,13 @@ fn gradients_are_the_slopes_of_the_loss() {
                 .unwrap();
         }
 
-        // With respect to the embedded tokens.
-        let scale = x.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-        let u: Vec<f32> = noise(x.len(), 2).iter().map(|v| v * scale).collect();
-        let moved = |by: f32| -> Vec<f32> { x.iter().zip(&u).map(|(x, u)| x + by * u).collect() };
-        let slope =
-            (loss(&model, &moved(STEP), &c) - loss(&model, &moved(-STEP), &c)) / f64::from(2.0 * STEP);
-        let size = (dot(&g, &g) * dot(&u, &u)).sqrt() / (g.len() as f64).sqrt();
-        let found = dot(&g, &u);
-        assert!(
-            (found - slope).abs() < 1e-2 * size,
-            "{name}: {found} for a slope of {slope}, scale {size}"
-        );
-
-        // With respect to every weight matrix.
+        check(&format!("{name}, embedded tokens"), &x, &g, 2, |x| {
+            loss(&model, &x, &c)
+        });
         for info in model.linears() {
+            let what = format!("{name}, {}", info.name);
             let Some(gradient) = taps.0.get(&info.name) else {
-                assert_eq!(
-                    info.site,
-                    nash_models::Site::Embedding,
-                    "{name}: no gradient of {}",
-                    info.name
-                );
+                assert_eq!(info.site, nash_models::Site::Embedding, "no gradient: {what}");
                 continue;
             };
             let source = Arc::clone(model.linear(&info.name).unwrap());
@@ -153,25 +162,39 @@ fn gradients_are_the_slopes_of_the_loss() {
             for (r, row) in w.chunks_mut(info.cols).enumerate() {
                 source.row(r, row);
             }
-            let scale = w.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-            let u: Vec<f32> = noise(w.len(), 3).iter().map(|v| v * scale).collect();
-            let mut at = |by: f32| {
-                let w = w.iter().zip(&u).map(|(w, u)| w + by * u).collect();
+            check(&what, &w, gradient, 3, |w| {
                 let changed = Arc::new(DenseLinear::new(w, info.rows, info.cols));
                 model.set_linear(&info.name, changed).unwrap();
                 loss(&model, &x, &c)
-            };
-            let slope = (at(STEP) - at(-STEP)) / f64::from(2.0 * STEP);
+            });
             model.set_linear(&info.name, source).unwrap();
-            let size = (dot(gradient, gradient) * dot(&u, &u)).sqrt() / (u.len() as f64).sqrt();
-            let found = dot(gradient, &u);
-            assert!(
-                (found - slope).abs() < 1e-2 * size + 1e-5,
-                "{name}, {}: {found} for a slope of {slope}, scale {size}",
-                info.name
-            );
+        }
+        for (float, _, values) in model.float_tensors() {
+            let what = format!("{name}, {float}");
+            let Some(gradient) = taps.0.get(&float) else {
+                assert_eq!(float, "model.embed_positions.weight", "no gradient: {what}");
+                continue;
+            };
+            check(&what, &values, gradient, 4, |values| {
+                model.set_float(&float, values).unwrap();
+                loss(&model, &x, &c)
+            });
+            model.set_float(&float, values).unwrap();
         }
     }
+}
+
+#[test]
+fn float_tensors_are_replaced_by_name_and_length() {
+    let mut model = golden("qwen3");
+    for (name, _, values) in model.float_tensors() {
+        let twice: Vec<f32> = values.iter().map(|v| 2.0 * v).collect();
+        model.set_float(&name, twice.clone()).unwrap();
+        let stored = model.float_tensors();
+        assert_eq!(stored.iter().find(|f| f.0 == name).unwrap().2, twice);
+        assert!(model.set_float(&name, vec![0.0; values.len() + 1]).is_err());
+    }
+    assert!(model.set_float("model.layers.0.nothing", vec![0.0]).is_err());
 }
 
 #[test]
@@ -208,7 +231,7 @@ fn mixtures_of_experts_are_refused() {
     let x = g.clone();
     assert!(
         model
-            .layer_backward(0, &x, &[1], &mut g, &mut WeightGradients::default())
+            .layer_backward(0, &x, &[1], &mut g, &mut Gradients::default())
             .is_err()
     );
 }

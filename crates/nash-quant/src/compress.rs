@@ -17,7 +17,7 @@ use crate::progress::Progress;
 use crate::report::{Report, TensorRow, four_digits};
 use crate::scratch::Scratch;
 use crate::session::{Session, Solved};
-use crate::write::{self, SaveTokenizer};
+use crate::write::{self, Content, SaveTokenizer};
 
 /// Tokens below which a calibration is refused.
 const LEAST_TOKENS: usize = 64;
@@ -84,6 +84,16 @@ pub fn compress(
         solved,
         candidates,
     } = select(&session, source, profiles, &held_back)?;
+    let mut floats = write::floats(&session)?;
+    let tuned = session.tune(source, &solved, &held_back)?;
+    if let Some(tuned) = &tuned {
+        // A tensor that was not tuned is not listed.
+        for (name, _, values) in &mut floats {
+            if let Some(tuned) = tuned.floats.get(name) {
+                values.clone_from(tuned);
+            }
+        }
+    }
     let rows = rows(&session.linears, &profile, &solved);
     let report = Report {
         created_by: concat!("nashswarm ", env!("CARGO_PKG_VERSION")).into(),
@@ -112,12 +122,13 @@ pub fn compress(
         predicted_kl: profile.predicted_kl.map(four_digits),
         price: profile.market.as_ref().map(|m| m.price),
         unspent_bytes: 0,
+        tuning: tuned.map(|t| t.record),
         max_regret: rows.iter().map(|r| r.regret).fold(0.0, f64::max),
         unsettled: rows.iter().map(|r| r.unsettled).sum(),
         rows,
         compress_seconds: None,
     };
-    let mut report = write::write(&session, &solved, report, save_tokenizer, out)?;
+    let mut report = write::write(&session, &Content { solved, floats }, report, save_tokenizer, out)?;
     if options.work_dir.is_none() {
         session.scratch.remove()?;
     }
@@ -244,6 +255,19 @@ fn select(
         solved,
         candidates,
     })
+}
+
+/// The source with its linears replaced by packed ones.
+pub(crate) fn packed_model(
+    session: &Session<'_>,
+    source: &ModelFile,
+    solved: &[Solved],
+) -> Result<Model, QuantError> {
+    let mut model = Model::load(source)?;
+    for (info, solved) in session.linears.iter().zip(solved) {
+        model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
+    }
+    Ok(model)
 }
 
 fn rows(linears: &[LinearInfo], profile: &Profile, solved: &[Solved]) -> Vec<TensorRow> {

@@ -1,9 +1,10 @@
 //! Compression of a language model by games.
 //!
 //! ```text
-//! source ─► calibrate ─► measure ─► allocate ─► solve ─► select ─► write
-//!           Hessians     loss       market for   rounding   true KL   packed folder
-//!           per site     curves     bits         game       decides   with certificates
+//! source ─► calibrate ─► measure ─► allocate ─► solve ─► select ─► tune ─► write
+//!           Hessians     loss       market for   rounding   true KL   norms    packed folder
+//!           per site     curves     bits         game       decides   and      with certificates
+//!                                                                     biases
 //! ```
 //!
 //! Every stage stores what it computed in a scratch folder ([`scratch`]), which makes a killed run resumable and lets several
@@ -25,6 +26,7 @@ mod sensitivity;
 mod session;
 mod stored;
 mod tensor;
+mod tune;
 mod verify;
 mod write;
 
@@ -34,6 +36,6 @@ pub use error::QuantError;
 pub use options::{Budget, Calibration, Codebook, CompressOptions, Method, Sensitivity, Start};
 pub use plan::{Plan, plan};
 pub use progress::Progress;
-pub use report::{Report, TensorRow};
+pub use report::{Report, TensorRow, Tuning};
 pub use verify::{Verification, VerifyOptions, verify};
 pub use write::SaveTokenizer;

@@ -108,6 +108,9 @@ pub struct CompressOptions {
     pub probe_tokens: usize,
     /// In models of more than twelve layers it is measured in the first and last few and in every n-th layer between them.
     pub probe_layer_stride: usize,
+    /// Times that norms and biases see the calibration text to make up for the rounding of the rest; 0 leaves them as they are. Models without
+    /// a reverse pass (mixtures of experts) and methods that do not look at text are not tuned.
+    pub tune_epochs: usize,
     /// Continue an interrupted compression in the same place.
     pub resume: bool,
     /// Replace an existing output folder.
@@ -143,6 +146,7 @@ impl Default for CompressOptions {
             max_sweeps: 64,
             probe_tokens: 128,
             probe_layer_stride: 3,
+            tune_epochs: 0,
             resume: false,
             force: false,
             work_dir: None,

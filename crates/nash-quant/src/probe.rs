@@ -54,14 +54,15 @@ impl Probe {
 
     /// The embedded windows, each from position 0.
     fn embed(&self, model: &Model) -> Result<Vec<f32>, QuantError> {
-        let (mut all, mut rest) = (Vec::new(), &self.tokens[..]);
-        for &len in &self.lengths {
-            let mut x = Vec::new();
-            model.embed(&rest[..len], 0, &mut x)?;
-            all.extend(x);
-            rest = &rest[len..];
-        }
-        Ok(all)
+        let mut rest = &self.tokens[..];
+        embed(
+            model,
+            self.lengths.iter().map(|&len| {
+                let (window, tail) = rest.split_at(len);
+                rest = tail;
+                window
+            }),
+        )
     }
 
     /// Mean KL divergence in nats per token of `model` from the source.
@@ -137,6 +138,19 @@ impl Probe {
     }
 }
 
+/// Embeds windows, each from position 0, one after the other.
+pub(crate) fn embed<'w>(
+    model: &Model,
+    windows: impl Iterator<Item = &'w [u32]>,
+) -> Result<Vec<f32>, QuantError> {
+    let (mut all, mut x) = (Vec::new(), Vec::new());
+    for tokens in windows {
+        model.embed(tokens, 0, &mut x)?;
+        all.extend_from_slice(&x);
+    }
+    Ok(all)
+}
+
 /// Does something with one linear replaced, and puts it back.
 fn replaced<T>(
     model: &mut Model,
@@ -166,7 +180,7 @@ fn final_logits(model: &Model, x: &mut [f32], mut use_rows: impl FnMut(&mut [f32
 }
 
 /// `x − ln Σ exp x` in place.
-fn log_softmax(row: &mut [f32]) {
+pub(crate) fn log_softmax(row: &mut [f32]) {
     let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
     let sum: f64 = row
         .chunks(256)

@@ -62,6 +62,9 @@ pub struct Report {
     /// Budget minus file bytes.
     #[serde(default)]
     pub unspent_bytes: u64,
+    /// What tuning of norms and biases did, if it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Tuning>,
     /// Largest regret of any certified weight or scale, as a share of its row's energy.
     pub max_regret: f64,
     /// Certified players who could still gain.
@@ -125,6 +128,25 @@ fn file_bytes(dir: &Path) -> Result<u64, QuantError> {
                     .map_err(|e| QuantError::io(&path, e))?
                     .len())
         })
+}
+
+/// Tuning of the float tensors after rounding.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Tuning {
+    /// Float tensors that were tuned: norms and biases.
+    pub tensors: usize,
+    /// Values in them.
+    pub values: usize,
+    /// Calibration tokens seen in an epoch.
+    pub tokens: usize,
+    /// Epochs run.
+    pub epochs: usize,
+    /// The epoch whose values were kept; 0 for the source's.
+    pub best_epoch: usize,
+    /// KL divergence (nats per token) on held-back calibration text before.
+    pub kl_before: f64,
+    /// The same with the values that were kept.
+    pub kl_after: f64,
 }
 
 /// One packed tensor.

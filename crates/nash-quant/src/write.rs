@@ -21,13 +21,13 @@ pub type SaveTokenizer<'a> = dyn Fn(&Path) -> Result<(), Box<dyn std::error::Err
 /// Writes everything and returns the report with the sizes that were measured on disk.
 pub(crate) fn write(
     session: &Session<'_>,
-    solved: &[Solved],
+    content: &Content,
     report: Report,
     save_tokenizer: &SaveTokenizer<'_>,
     out: &Path,
 ) -> Result<Report, QuantError> {
-    let floats = floats(session)?;
-    let float_spec = |(name, shape, _): &(String, Vec<usize>, Vec<f32>)| TensorSpec::Float {
+    let Content { solved, floats } = content;
+    let float_spec = |(name, shape, _): &FloatTensor| TensorSpec::Float {
         name: name.clone(),
         dtype: DType::F16,
         shape: shape.clone(),
@@ -44,7 +44,7 @@ pub(crate) fn write(
         writer.packed(&info.name, s.matrix.as_ref())?;
         session.progress.advance(1);
     }
-    for (name, _, values) in &floats {
+    for (name, _, values) in floats {
         writer.float(name, values)?;
     }
     save_tokenizer(out).map_err(|source| QuantError::Io {
@@ -66,10 +66,17 @@ pub(crate) fn write(
 }
 
 /// Name, shape and values of a tensor that stays in float.
-type FloatTensor = (String, Vec<usize>, Vec<f32>);
+pub(crate) type FloatTensor = (String, Vec<usize>, Vec<f32>);
 
-/// Norms, biases, positions and routers.
-fn floats(session: &Session<'_>) -> Result<Vec<FloatTensor>, QuantError> {
+/// The tensors of a folder.
+pub(crate) struct Content {
+    /// In the order of [`Session::linears`].
+    pub(crate) solved: Vec<Solved>,
+    pub(crate) floats: Vec<FloatTensor>,
+}
+
+/// The source's norms, biases, positions and routers.
+pub(crate) fn floats(session: &Session<'_>) -> Result<Vec<FloatTensor>, QuantError> {
     let mut floats = session.model.float_tensors();
     for info in session
         .model

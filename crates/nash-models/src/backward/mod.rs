@@ -1,6 +1,7 @@
-//! Whole sequences at once, forwards and in reverse: gradients of a loss with respect to the outputs of every linear.
+//! Whole sequences at once, forwards and in reverse: gradients of a loss with respect to the outputs of every linear, and to the weights and
+//! biases that stay in float.
 //!
-//! It serves compression, which asks how much the whole model's loss feels an error of one weight; it trains nothing. In reverse a layer is
+//! It serves compression, which asks how much the whole model's loss feels an error of one weight, and tunes what is not packed. In reverse a layer is
 //! given its input again and recomputes what it needs in `f32`, so that nothing but the residual stream between layers has to be kept.
 //! Sequences start at position 0. Mixtures of experts have no reverse pass.
 //!
@@ -24,7 +25,11 @@ use crate::weights::{Projection, Weights};
 /// Sees gradients on their way back.
 pub trait GradientTap {
     /// The linear `name` read `x [T, n]`, and `g [T, m]` is the gradient of the loss with respect to its outputs.
-    fn linear(&mut self, name: &str, x: &[f32], g: &[f32], tokens: usize);
+    fn linear(&mut self, _name: &str, _x: &[f32], _g: &[f32], _tokens: usize) {}
+
+    /// `g` is the gradient of the loss with respect to the float tensor `name` (weight or bias of a norm, bias of a linear), summed over the
+    /// tokens of one call: a tensor that serves several blocks of tokens is seen several times, and the sum counts.
+    fn float(&mut self, _name: &str, _g: &[f32]) {}
 }
 
 /// Hidden states of one block of a layer on the way forward.
@@ -164,13 +169,15 @@ impl Model {
             (&this.mlp_norm, this.mlp_post_norm.as_ref()),
             (&middle, &feed.output),
             g,
-            |g| pass.mlp_backward(mlp, &feed, g, tap),
+            tap,
+            |g, tap| pass.mlp_backward(mlp, &feed, g, tap),
         );
         pass.block_backward(
             (&this.attn_norm, this.attn_post_norm.as_ref()),
             (x, &attention.output),
             g,
-            |g| pass.attention_backward(&attention, g, tap),
+            tap,
+            |g, tap| pass.attention_backward(&attention, g, tap),
         );
         Ok(())
     }
@@ -206,7 +213,7 @@ impl Model {
             let mut g = vec![0.0; x.len()];
             head.backward(&logits, tokens, &mut g);
             if let Some(norm) = &self.final_norm {
-                norm.backward(x, &mut g);
+                norm.backward(x, &mut g, tap);
             }
             x.copy_from_slice(&g);
         }
@@ -262,20 +269,21 @@ impl Pass<'_> {
         (norm, post): (&Norm, Option<&Norm>),
         (x, output): (&[f32], &[f32]),
         g: &mut [f32],
-        inside: impl FnOnce(Vec<f32>) -> Vec<f32>,
+        tap: &mut dyn GradientTap,
+        inside: impl FnOnce(Vec<f32>, &mut dyn GradientTap) -> Vec<f32>,
     ) {
         let after = self.config.norm.placement == NormPlacement::AfterResidual;
         if after {
             let sum: Vec<f32> = x.iter().zip(output).map(|(x, o)| x + o).collect();
-            norm.backward(&sum, g);
+            norm.backward(&sum, g, tap);
         }
         let mut block = g.to_vec();
         if let Some(post) = post {
-            post.backward(output, &mut block);
+            post.backward(output, &mut block, tap);
         }
-        let mut block = inside(block);
+        let mut block = inside(block, tap);
         if !after {
-            norm.backward(x, &mut block);
+            norm.backward(x, &mut block, tap);
         }
         g.iter_mut().zip(&block).for_each(|(g, b)| *g += b);
     }
@@ -287,7 +295,7 @@ impl Pass<'_> {
         y
     }
 
-    /// Adds `g · W` to `gx` and shows the tap what the linear read.
+    /// Adds `g · W` to `gx` and shows the tap what the linear read and the gradient of its bias.
     fn project_backward(
         &self,
         projection: &Projection,
@@ -298,7 +306,11 @@ impl Pass<'_> {
     ) {
         let linear = self.weights.linear(projection.slot);
         let tokens = x.len() / linear.cols();
-        tap.linear(&self.weights.info(projection.slot).name, x, g, tokens);
+        let name = &self.weights.info(projection.slot).name;
+        tap.linear(name, x, g, tokens);
+        if projection.bias.is_some() {
+            tap.float(&format!("{name}.bias"), &math::column_sums(g, linear.rows()));
+        }
         linear.backward(g, tokens, gx);
     }
 
@@ -380,7 +392,7 @@ impl Pass<'_> {
         }
         for (norm, raw, g) in [(&layer.q_norm, &t.raw_q, 0), (&layer.k_norm, &t.raw_k, 1)] {
             if let Some(norm) = norm {
-                norm.backward(raw, &mut grads[g]);
+                norm.backward(raw, &mut grads[g], tap);
             }
         }
         let mut g_input = vec![0.0; trace.input.len()];

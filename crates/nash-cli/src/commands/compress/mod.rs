@@ -68,6 +68,9 @@ pub(crate) struct Compress {
     /// How it is known what a tensor's rounding costs the whole model
     #[arg(long, value_enum, default_value_t = Losses::Measured)]
     losses: Losses,
+    /// Tune norms and biases to the rounded weights, going over the calibration text N times
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    tune: usize,
     /// Seed of every random choice
     #[arg(short, long, value_name = "N", default_value_t = 0, env = "NASHSWARM_SEED")]
     seed: u64,
@@ -197,6 +200,7 @@ impl Compress {
             codebook: self.codebook.into(),
             sensitivity: self.losses.into(),
             tensor_types: self.tensor_type.clone(),
+            tune_epochs: self.tune,
             seed: self.seed,
             calibration,
             resume: self.resume,

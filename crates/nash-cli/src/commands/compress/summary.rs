@@ -36,6 +36,14 @@ pub(super) fn print(out: &Path, report: &Report) {
             report.max_regret
         );
     }
+    if let Some(tuning) = &report.tuning {
+        say!(
+            "tuned {} norms and biases: KL divergence {:.4} before, {:.4} after, on text held back",
+            tuning.tensors,
+            tuning.kl_before,
+            tuning.kl_after
+        );
+    }
     let mut widths = BTreeMap::<usize, u64>::new();
     report
         .rows
