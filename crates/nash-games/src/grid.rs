@@ -67,6 +67,10 @@ impl Levels {
 
 /// What codes are worth, in codebook units.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for a tensor, and it is looked into all the time"
+)]
 pub enum Book {
     /// A value for every code.
     Scalar(Levels),

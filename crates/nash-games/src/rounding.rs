@@ -11,7 +11,7 @@
 
 use half::f16;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
-use nash_kernels::{CHAINS, GROUP, SCALE_UNIT, chain_column, pool};
+use nash_kernels::{CHAIN, CHAINS, GROUP, SCALE_UNIT, chain_column, pool};
 
 use crate::error::{GameError, check_len};
 use crate::grid::{Book, Grid, Levels, MAX_LEVEL, inverse_or_zero};
@@ -307,6 +307,7 @@ impl<'a> Chunk<'a> {
         let mut block = Block {
             h: [0.0; GROUP * GROUP],
             len: 0,
+            diagonals: [[0.0; CHAIN]; CHAINS],
             chains: None,
         };
         for g in 0..groups {
@@ -398,6 +399,8 @@ impl<'a> Chunk<'a> {
 struct Block {
     h: [f32; GROUP * GROUP],
     len: usize,
+    /// The diagonal of H, by chain.
+    diagonals: [[f32; CHAIN]; CHAINS],
     /// H among the weights of each chain; `None` if nothing couples them.
     chains: Option<Box<[trellis::Matrix; CHAINS]>>,
 }
@@ -413,6 +416,8 @@ impl Block {
 
     /// Gathers what couples the weights of each chain.
     fn load_chains(&mut self, diagonal: bool) {
+        let own: [f32; GROUP] = std::array::from_fn(|j| self.h[j * GROUP + j]);
+        self.diagonals = std::array::from_fn(|chain| trellis::gather(&own, chain));
         self.chains = (!diagonal).then(|| {
             Box::new(std::array::from_fn(|chain| {
                 std::array::from_fn(|i| trellis::gather(self.row(chain_column(chain, i)), chain))
@@ -517,17 +522,14 @@ impl Seat<'_> {
     ) -> u64 {
         let mut moves = 0;
         for index in 0..CHAINS {
-            let mut codes = trellis::gather(self.codes, index);
+            let mut codes = trellis::gather(&trellis::padded(self.codes), index);
             let chain = trellis::Chain {
                 coupling: block.chains.as_deref().map(|c| &c[index]),
-                diagonal: std::array::from_fn(|s| {
-                    let j = chain_column(index, s);
-                    block.h[j * GROUP + j]
-                }),
+                diagonal: block.diagonals[index],
                 residual: trellis::gather(local, index),
                 values: trellis.chain_values(&codes).map(|v| step * v),
                 step,
-                exists: std::array::from_fn(|s| chain_column(index, s) < self.weights.len()),
+                exists: trellis::exists(self.weights.len(), index),
             };
             let moved = trellis::respond(trellis, chain, &mut codes, self.searches, MIN_GAIN);
             if moved == 0 {

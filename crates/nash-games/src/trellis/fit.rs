@@ -6,7 +6,7 @@
 use nash_kernels::{CHAIN, CHAINS, GROUP, chain_column};
 use rayon::prelude::*;
 
-use super::{Chain, TABLE, Trellis, gather, search, tables};
+use super::{Chain, TABLE, Trellis, exists, gather, padded, scatter, search, tables};
 use crate::grid::Grid;
 
 /// Rows whose weights shape the table.
@@ -116,9 +116,9 @@ impl pulp::NullaryFnOnce for Nearest<'_> {
 
 #[inline(always)]
 fn nearest_here(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROUP] {
-    let mut codes = [0; GROUP];
+    let (weights, importance, mut codes) = (padded(w), padded(h), [0; GROUP]);
     for chain in 0..CHAINS {
-        let (weights, diagonal) = (gather(w, chain), gather(h, chain));
+        let (weights, diagonal) = (gather(&weights, chain), gather(&importance, chain));
         let path = search(
             trellis,
             &Chain {
@@ -127,12 +127,10 @@ fn nearest_here(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROU
                 residual: std::array::from_fn(|s| -diagonal[s] * weights[s]),
                 values: [0.0; CHAIN],
                 step,
-                exists: std::array::from_fn(|s| chain_column(chain, s) < w.len()),
+                exists: exists(w.len(), chain),
             },
         );
-        for (s, code) in path.into_iter().enumerate() {
-            codes[chain_column(chain, s)] = code;
-        }
+        scatter(&path, &mut codes, chain);
     }
     codes
 }

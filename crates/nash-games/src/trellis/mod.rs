@@ -64,12 +64,9 @@ impl Trellis {
     /// The values of up to 64 codes of a group; a shorter group is followed by codes 0.
     #[inline(always)]
     pub(crate) fn values(&self, codes: &[u8]) -> [f32; GROUP] {
-        let mut values = [0.0; GROUP];
+        let (codes, mut values) = (padded(codes), [0.0; GROUP]);
         for chain in 0..CHAINS {
-            let windows = self.windows(&gather(codes, chain));
-            for (s, window) in windows.into_iter().enumerate() {
-                values[chain_column(chain, s)] = self.table[usize::from(window) % TABLE];
-            }
+            scatter(&self.chain_values(&gather(&codes, chain)), &mut values, chain);
         }
         values
     }
@@ -81,10 +78,42 @@ impl Trellis {
     }
 }
 
-/// The elements of a chain in a group of up to 64; the default where the group is shorter.
+/// Neighbouring columns that are neighbours in a chain, too.
+const RUN: usize = 8;
+
+/// A group of up to 64 elements, followed by defaults.
 #[inline(always)]
-pub(crate) fn gather<T: Copy + Default>(group: &[T], chain: usize) -> [T; CHAIN] {
-    std::array::from_fn(|s| group.get(chain_column(chain, s)).copied().unwrap_or_default())
+pub(crate) fn padded<T: Copy + Default>(group: &[T]) -> [T; GROUP] {
+    let mut padded = [T::default(); GROUP];
+    padded[..group.len()].copy_from_slice(group);
+    padded
+}
+
+/// The elements of a chain in a group.
+#[inline(always)]
+pub(crate) fn gather<T: Copy + Default>(group: &[T; GROUP], chain: usize) -> [T; CHAIN] {
+    let mut elements = [T::default(); CHAIN];
+    for (run, elements) in elements.chunks_exact_mut(RUN).enumerate() {
+        elements.copy_from_slice(&group[chain_column(chain, run * RUN)..][..RUN]);
+    }
+    elements
+}
+
+/// Puts the elements of a chain into a group.
+#[inline(always)]
+pub(crate) fn scatter<T: Copy>(elements: &[T; CHAIN], group: &mut [T; GROUP], chain: usize) {
+    for (run, elements) in elements.chunks_exact(RUN).enumerate() {
+        group[chain_column(chain, run * RUN)..][..RUN].copy_from_slice(elements);
+    }
+}
+
+/// Which weights of a chain exist in a group of `len`.
+#[inline(always)]
+pub(crate) fn exists(len: usize, chain: usize) -> [bool; CHAIN] {
+    if len == GROUP {
+        return [true; CHAIN];
+    }
+    std::array::from_fn(|s| chain_column(chain, s) < len)
 }
 
 #[cfg(test)]
@@ -106,6 +135,21 @@ mod tests {
                 assert_eq!(window, expected, "code {s} of {bits} bits");
             }
         }
+    }
+
+    #[test]
+    fn a_chain_is_gathered_and_scattered_by_its_columns() {
+        let group: [usize; GROUP] = std::array::from_fn(|c| c);
+        let mut back = [0; GROUP];
+        for chain in 0..CHAINS {
+            let elements = gather(&group, chain);
+            assert_eq!(elements, std::array::from_fn(|s| chain_column(chain, s)));
+            scatter(&elements, &mut back, chain);
+        }
+        assert_eq!(back, group);
+        assert_eq!(padded(&[1, 2])[..3], [1, 2, 0]);
+        assert_eq!(exists(13, 0).iter().filter(|e| **e).count(), 8);
+        assert_eq!(exists(13, 1).iter().filter(|e| **e).count(), 5);
     }
 
     #[test]
