@@ -75,7 +75,7 @@ fn search_of<const BITS: usize, const COUPLED: bool>(table: &[f32; TABLE], chain
         for state in 0..states {
             cost[state * codes..][..codes].fill(costs[state]);
             let residual = if COUPLED {
-                residuals[s % 2 ^ 1][state][s]
+                residuals[1 - s % 2][state][s]
             } else {
                 chain.residual[s]
             };

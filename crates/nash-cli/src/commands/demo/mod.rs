@@ -49,7 +49,7 @@ pub(crate) struct Demo {
     /// Folder for the packed models [default: in the folder of fetched models]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Less calibration and a shorter text: under two minutes, with wider errors
+    /// Scalar codebooks, less calibration and a shorter text: under two minutes, with larger and less certain divergences
     #[arg(long)]
     quick: bool,
     /// What to ask

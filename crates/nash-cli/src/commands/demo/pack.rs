@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use nash_eval::SpeedOptions;
-use nash_quant::{Budget, Calibration, CompressOptions, Method};
+use nash_quant::{Budget, Calibration, Codebook, CompressOptions, Method};
 
 use crate::commands::compress;
 use crate::model::Loaded;
@@ -16,6 +16,7 @@ pub(super) const BUDGETS: [f64; 2] = [4.25, 3.0];
 /// How much of everything.
 pub(super) struct Effort {
     pub(super) calibration_tokens: usize,
+    codebook: Codebook,
     probe_tokens: usize,
     probe_layer_stride: usize,
     max_sweeps: usize,
@@ -36,6 +37,7 @@ impl Effort {
         if quick {
             Self {
                 calibration_tokens: 3072,
+                codebook: Codebook::Scalar,
                 probe_tokens: 48,
                 probe_layer_stride: 8,
                 max_sweeps: 3,
@@ -46,6 +48,7 @@ impl Effort {
         } else {
             Self {
                 calibration_tokens: 8192,
+                codebook: usual.codebook,
                 probe_tokens: usual.probe_tokens,
                 probe_layer_stride: usual.probe_layer_stride,
                 max_sweeps: usual.max_sweeps,
@@ -83,6 +86,7 @@ pub(super) fn compress_all(
                 budget,
                 method,
                 calibration: calibration.clone(),
+                codebook: effort.codebook,
                 probe_tokens: effort.probe_tokens,
                 probe_layer_stride: effort.probe_layer_stride,
                 max_sweeps: effort.max_sweeps,
