@@ -86,39 +86,54 @@ struct RowCheck {
 }
 
 impl Row<'_> {
-    /// The levels of whole groups of codes, read bit by bit from the stream that they make: the bits of a chain one after the other, six of them, from a code's first
-    /// on, being the index of its level.
-    fn levels(&self, codes: &[u8]) -> Vec<f64> {
-        let mut levels = vec![0.0; codes.len()];
-        if self.bits == 8 {
-            for (level, &code) in levels.iter_mut().zip(codes) {
-                *level = (f64::from(code) - 128.0).max(-127.0);
-            }
-            return levels;
-        }
-        for (levels, codes) in levels.chunks_mut(GROUP).zip(codes.chunks(GROUP)) {
+    /// The level of every code.
+    fn levels(&self) -> Vec<f64> {
+        let mut levels = vec![0.0; self.codes.len()];
+        for (start, codes) in (0..).step_by(GROUP).zip(self.codes.chunks(GROUP)) {
             for half in 0..2 {
-                let columns = || (0..codes.len()).filter(move |c| c / 8 % 2 == half);
-                // At most 32 codes of 6 bits: two words, the second of which starts at code 16.
-                let mut words = [0u128; 2];
-                for (s, c) in columns().enumerate() {
-                    words[s / 16] |= u128::from(codes[c]) << (self.bits * (s % 16));
-                }
-                for (s, c) in columns().enumerate() {
-                    let at = self.bits * (s % 16);
-                    let following = if s < 16 { words[1] << (16 * self.bits) } else { 0 };
-                    let index = ((words[s / 16] | following) >> at) as usize % 64;
-                    levels[c] = self.book[index];
+                let bits = Bits::of(codes, half, self.bits);
+                for s in 0..bits.len {
+                    levels[start + column(half, s)] = self.level(&bits, s);
                 }
             }
         }
         levels
     }
 
+    fn level(&self, bits: &Bits, s: usize) -> f64 {
+        if self.bits == 8 {
+            // No code is worth −128.
+            (bits.read(s, 8) as f64 - 128.0).max(-127.0)
+        } else {
+            self.book[bits.read(s, 6)]
+        }
+    }
+
+    /// Calls `deviation(changes)` for every code that the one at column `c` could be: the columns whose values change, and by how much.
+    fn deviations(&self, c: usize, levels: &[f64], mut deviation: impl FnMut(&[(usize, f64)])) {
+        let (start, half) = (c / GROUP * GROUP, c / 8 % 2);
+        let codes = &self.codes[start..self.codes.len().min(start + GROUP)];
+        let (bits, s) = (Bits::of(codes, half, self.bits), c % GROUP / 16 * 8 + c % 8);
+        let step = self.unit * f64::from(self.scale_codes[c / GROUP]);
+        for code in 0..1u16 << self.bits {
+            let changed = bits.with(s, code);
+            let mut changes = [(0, 0.0); 3];
+            // An index reaches six bits ahead: into at most two codes after its own.
+            let reached = (0..=s).rev().take(6usize.div_ceil(self.bits)).zip(&mut changes);
+            let mut count = 0;
+            for (s, change) in reached {
+                let column = start + column(half, s);
+                *change = (column, step * (self.level(&changed, s) - levels[column]));
+                count += 1;
+            }
+            deviation(&changes[..count]);
+        }
+    }
+
     fn check(&self, hessian: &[f32]) -> RowCheck {
         let n = self.weights.len();
         let step = |c: usize| self.unit * f64::from(self.scale_codes[c / GROUP]);
-        let levels = self.levels(self.codes);
+        let levels = self.levels();
         let delta: Vec<f64> = (0..n)
             .map(|c| step(c) * levels[c] - f64::from(self.weights[c]))
             .collect();
@@ -133,23 +148,15 @@ impl Row<'_> {
             max_gain: 0.0,
             unsettled: 0,
         };
-        let mut group = self.codes.to_vec();
+        let h = |i: usize, j: usize| f64::from(hessian[i * n + j]);
         for c in 0..n {
-            let (start, end) = (c / GROUP * GROUP, n.min((c / GROUP + 1) * GROUP));
-            let deviations = (0..1u32 << self.bits).map(|code| {
-                group[c] = code as u8;
-                let changed = self.levels(&group[start..end]);
-                group[c] = self.codes[c];
-                let d: Vec<(usize, f64)> = (start..end)
-                    .map(|i| (i, step(i) * (changed[i - start] - levels[i])))
-                    .filter(|(_, d)| *d != 0.0)
-                    .collect();
-                let h = |i: usize, j: usize| f64::from(hessian[i * n + j]);
+            let mut deviations = Vec::with_capacity(1 << self.bits);
+            self.deviations(c, &levels, |d| {
                 let pull = |i: usize| d.iter().map(|&(j, dj)| h(i, j) * dj).sum::<f64>();
                 let change: f64 = d.iter().map(|&(i, di)| di * (2.0 * residual[i] + pull(i))).sum();
-                (d.iter().map(|&(i, di)| h(i, i) * di * di).sum(), -change)
+                deviations.push((d.iter().map(|&(i, di)| h(i, i) * di * di).sum(), -change));
             });
-            check.count(deviations);
+            check.count(deviations.into_iter());
         }
         for g in 0..self.scale_codes.len() {
             let (start, end) = (g * GROUP, n.min((g + 1) * GROUP));
@@ -173,6 +180,61 @@ impl Row<'_> {
             }));
         }
         check
+    }
+}
+
+/// Column in its group of code `s` of a half: halves take eight columns in turns.
+fn column(half: usize, s: usize) -> usize {
+    16 * (s / 8) + 8 * half + s % 8
+}
+
+/// The bits of a chain: those of its codes, one after the other, lowest first.
+#[derive(Clone, Copy)]
+struct Bits {
+    /// 16 codes each.
+    words: [u128; 2],
+    /// Bits per code.
+    width: usize,
+    /// Codes.
+    len: usize,
+}
+
+impl Bits {
+    /// Of the codes of a half of a group.
+    fn of(codes: &[u8], half: usize, width: usize) -> Self {
+        let mut bits = Self {
+            words: [0; 2],
+            width,
+            len: 0,
+        };
+        for s in (0..32).take_while(|&s| column(half, s) < codes.len()) {
+            bits.words[s / 16] |= u128::from(codes[column(half, s)]) << (width * (s % 16));
+            bits.len += 1;
+        }
+        bits
+    }
+
+    /// With another code at `s`.
+    fn with(mut self, s: usize, code: u16) -> Self {
+        let (word, at) = (&mut self.words[s / 16], self.width * (s % 16));
+        *word &= !(((1u128 << self.width) - 1) << at);
+        *word |= u128::from(code) << at;
+        self
+    }
+
+    /// `count` bits, at most 8, from the first of code `s` on; beyond the chain they are zero.
+    fn read(&self, s: usize, count: usize) -> usize {
+        let (at, word) = (
+            self.width * (s % 16),
+            self.words[s / 16] >> (self.width * (s % 16)),
+        );
+        let left = 16 * self.width - at;
+        let next = if s < 16 && left < count {
+            self.words[1] << left
+        } else {
+            0
+        };
+        (word | next) as usize % (1 << count)
     }
 }
 
