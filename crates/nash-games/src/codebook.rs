@@ -67,7 +67,10 @@ pub fn fit_grid(weights: &[f32], cols: usize, h: &[f32], options: FitOptions) ->
         if options.levels != LevelKind::Uniform && !identity {
             levels = lloyd(&histogram(weights, cols, h, &scales), levels);
         }
-        search_scales(weights, cols, h, &levels, factors(&levels, round), &mut scales);
+        let factors = factors(&levels, round);
+        for_each_scale(weights, cols, h, &mut scales, |w, h, s| {
+            pulp::Arch::new().dispatch(|| best_scale(w, h, &levels, s, factors))
+        });
     }
     let (codebook, unit) = integer_codebook(&levels, identity);
     Ok(encode_scales(
@@ -169,30 +172,28 @@ fn factors(levels: &[f32], round: usize) -> &'static [f32] {
     }
 }
 
-/// For every group the scale that minimises `Σ h (w − s·level)²` among multiples of the current one, each refined by least squares.
-fn search_scales(
+/// Replaces the scale of every group by `best(weights, importances, scale)`.
+pub(crate) fn for_each_scale(
     weights: &[f32],
     cols: usize,
     h: &[f32],
-    levels: &[f32],
-    factors: &[f32],
     scales: &mut [f32],
+    best: impl Fn(&[f32], &[f32], f32) -> f32 + Sync,
 ) {
     let groups = Grid::groups(cols);
     weights
         .par_chunks(cols * ROWS_PER_CHUNK)
         .zip(scales.par_chunks_mut(groups * ROWS_PER_CHUNK))
         .for_each(|(w, s)| {
-            pulp::Arch::new().dispatch(|| {
-                for (row, s) in w.chunks(cols).zip(s.chunks_mut(groups)) {
-                    for ((w, h), s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(s) {
-                        *s = best_scale(w, h, levels, *s, factors);
-                    }
+            for (row, s) in w.chunks(cols).zip(s.chunks_mut(groups)) {
+                for ((w, h), s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(s) {
+                    *s = best(w, h, *s);
                 }
-            });
+            }
         });
 }
 
+/// The scale that minimises `Σ h (w − s·level)²` among multiples of the current one, each refined by least squares.
 #[inline(always)]
 fn best_scale(w: &[f32], h: &[f32], levels: &[f32], start: f32, factors: &[f32]) -> f32 {
     if start <= 0.0 {

@@ -50,10 +50,7 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
     if let Some(player) = players.iter().position(|p| p.choices.is_empty()) {
         return Err(GameError::NoStrategies { player });
     }
-    let smallest: u64 = players
-        .iter()
-        .map(|p| p.choices.iter().map(|c| c.0).min().unwrap_or(0))
-        .sum();
+    let smallest = smallest(players);
     if smallest > budget {
         return Err(GameError::BudgetTooSmall { budget, smallest });
     }
@@ -92,6 +89,12 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
     Ok(outcome)
 }
 
+/// Bytes if everyone takes the smallest format.
+fn smallest(players: &[Player]) -> u64 {
+    let least = |p: &Player| p.choices.iter().map(|c| c.0).min().unwrap_or(0);
+    players.iter().map(least).sum()
+}
+
 /// The players too large for a price, largest step first.
 fn leaders(players: &[Player], budget: u64) -> Vec<usize> {
     let step = |player: &Player| {
@@ -121,10 +124,7 @@ fn combinations(players: &[Player], leaders: &[usize]) -> Vec<Vec<usize>> {
 
 /// The price at which the best responses fit the budget, and the responses with the remainder spent; `None` if the smallest do not fit.
 fn clear_at_a_price(players: &[Player], budget: u64) -> Option<(f64, Vec<usize>)> {
-    let smallest = players
-        .iter()
-        .map(|p| p.choices.iter().map(|c| c.0).min().unwrap_or(0));
-    if smallest.sum::<u64>() > budget {
+    if smallest(players) > budget {
         return None;
     }
     // At price 0 everyone buys the best; raise the price until the total fits, then bisect.

@@ -110,9 +110,10 @@ impl Session<'_> {
     /// Layer errors of one linear, and its predicted KL divergence if there are gradients.
     fn curve(&self, info: &LinearInfo, whole: Problem<'_>) -> Result<Curve, QuantError> {
         let n = info.cols;
-        let sensitivity = match self.sensitivity_kind().measures() {
-            true => None,
-            false => self.sensitivity(info)?,
+        let sensitivity = if self.sensitivity_kind().measures() {
+            None
+        } else {
+            self.sensitivity(info)?
         };
         let rows = match sensitivity {
             Some(_) => CURVE_ROWS.max(info.rows / WEIGHTED_SHARE),

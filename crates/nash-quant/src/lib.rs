@@ -1,10 +1,10 @@
 //! Compression of a language model by games.
 //!
 //! ```text
-//! source ─► calibrate ─► measure ─► allocate ─► solve ─► select ─► tune ─► write
-//!           Hessians     loss       market for   rounding   true KL   norms    packed folder
-//!           per site     curves     bits         game       decides   and      with certificates
-//!                                                                     biases
+//! source ─► calibrate ─► measure ─► allocate ─► draft ─► select ─► solve ─► tune ─► write
+//!           Hessians     loss       market for  two      true KL   rounding norms   packed folder
+//!           per site     curves     bits        sweeps   decides   game     and     with certificates
+//!                                                                           biases
 //! ```
 //!
 //! Every stage stores what it computed in a scratch folder ([`scratch`]), which makes a killed run resumable and lets several

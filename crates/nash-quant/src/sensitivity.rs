@@ -18,6 +18,7 @@ use rayon::prelude::*;
 
 use crate::QuantError;
 use crate::hessian::{regularise, triangle};
+use crate::probe::embed;
 use crate::session::Session;
 
 /// What a linear's errors cost: KL divergence ≈ `scale · Σᵢ rows[i] Δᵢ H Δᵢᵀ`.
@@ -81,12 +82,7 @@ impl Session<'_> {
         self.progress.stage("calibrate", 2 * layers as u64 + 1);
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         let mut cache = KvCache::new(config, longest);
-        let mut x = Vec::new();
-        for tokens in windows {
-            let mut window = Vec::new();
-            self.model.embed(tokens, 0, &mut window)?;
-            x.extend(window);
-        }
+        let mut x = embed(&self.model, windows.iter().map(Vec::as_slice))?;
         for layer in 0..layers {
             self.check_cancelled()?;
             self.scratch

@@ -7,6 +7,7 @@ use nash_kernels::{CHAIN, CHAINS, GROUP, chain_column};
 use rayon::prelude::*;
 
 use super::{Chain, TABLE, Trellis, exists, gather, padded, scatter, search, tables};
+use crate::codebook::for_each_scale;
 use crate::grid::Grid;
 
 /// Rows whose weights shape the table.
@@ -24,7 +25,9 @@ pub(crate) fn fit(
     let mut trellis = Trellis::new(bits, tables::gaussian(bits));
     let mut scales = root_mean_squares(weights, cols);
     for round in 0..rounds {
-        search_scales(weights, cols, h, &trellis, factors(round), &mut scales);
+        for_each_scale(weights, cols, h, &mut scales, |w, h, s| {
+            best_scale(w, h, &trellis, s, factors(round))
+        });
         if round + 1 < rounds {
             trellis = refit(weights, cols, h, &scales, trellis);
         }
@@ -49,28 +52,7 @@ fn factors(round: usize) -> &'static [f32] {
     }
 }
 
-/// For every group the scale that minimises `Σ h (w − ŵ)²` among multiples of the current one, each refined by least squares.
-fn search_scales(
-    weights: &[f32],
-    cols: usize,
-    h: &[f32],
-    trellis: &Trellis,
-    factors: &[f32],
-    scales: &mut [f32],
-) {
-    let groups = Grid::groups(cols);
-    weights
-        .par_chunks(cols * ROWS_PER_CHUNK)
-        .zip(scales.par_chunks_mut(groups * ROWS_PER_CHUNK))
-        .for_each(|(w, s)| {
-            for (row, s) in w.chunks(cols).zip(s.chunks_mut(groups)) {
-                for ((w, h), s) in row.chunks(GROUP).zip(h.chunks(GROUP)).zip(s) {
-                    *s = best_scale(w, h, trellis, *s, factors);
-                }
-            }
-        });
-}
-
+/// The scale that minimises `Σ h (w − ŵ)²` among multiples of the current one, each refined by least squares.
 fn best_scale(w: &[f32], h: &[f32], trellis: &Trellis, start: f32, factors: &[f32]) -> f32 {
     if start <= 0.0 {
         return 0.0;
@@ -110,29 +92,25 @@ impl pulp::NullaryFnOnce for Nearest<'_> {
 
     #[inline(always)]
     fn call(self) -> [u8; GROUP] {
-        nearest_here(self.w, self.h, self.trellis, self.step)
+        let Self { w, h, trellis, step } = self;
+        let (weights, importance, mut codes) = (padded(w), padded(h), [0; GROUP]);
+        for chain in 0..CHAINS {
+            let (weights, diagonal) = (gather(&weights, chain), gather(&importance, chain));
+            let path = search(
+                trellis,
+                &Chain {
+                    coupling: None,
+                    diagonal,
+                    residual: std::array::from_fn(|s| -diagonal[s] * weights[s]),
+                    values: [0.0; CHAIN],
+                    step,
+                    exists: exists(w.len(), chain),
+                },
+            );
+            scatter(&path, &mut codes, chain);
+        }
+        codes
     }
-}
-
-#[inline(always)]
-fn nearest_here(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROUP] {
-    let (weights, importance, mut codes) = (padded(w), padded(h), [0; GROUP]);
-    for chain in 0..CHAINS {
-        let (weights, diagonal) = (gather(&weights, chain), gather(&importance, chain));
-        let path = search(
-            trellis,
-            &Chain {
-                coupling: None,
-                diagonal,
-                residual: std::array::from_fn(|s| -diagonal[s] * weights[s]),
-                values: [0.0; CHAIN],
-                step,
-                exists: exists(w.len(), chain),
-            },
-        );
-        scatter(&path, &mut codes, chain);
-    }
-    codes
 }
 
 /// Mass and moment of the weights that fell on each window.
@@ -195,20 +173,24 @@ fn moved(trellis: &Trellis, masses: &Masses) -> Trellis {
     Trellis::new(trellis.bits(), table)
 }
 
-/// Trains a table for a unit Gaussian: `iterations` of the generalised Lloyd algorithm on `chains` chains of normal variates, started from
-/// normal variates and shaken by noise that fades out over the first half. `normal` supplies all of them. Returns the table and its mean squared error on the training chains.
+/// Trains a table for a unit Gaussian: `iterations` of the generalised Lloyd algorithm on `groups` groups of normal variates, started from
+/// normal variates and shaken by noise that fades out over the first half. `normal` supplies all of them. Returns the table and its mean squared error on them.
 pub fn train_for_gaussian(
     bits: usize,
-    chains: usize,
+    groups: usize,
     iterations: usize,
     normal: &mut dyn FnMut() -> f32,
 ) -> ([f32; TABLE], f64) {
     let mut trellis = Trellis::new(bits, std::array::from_fn(|_| normal()));
-    let data: Vec<f32> = (0..chains * GROUP).map(|_| normal()).collect();
-    let (scales, ones) = (vec![1.0; chains], [1.0; GROUP]);
+    let data: Vec<f32> = (0..groups * GROUP).map(|_| normal()).collect();
+    let ones = [1.0; GROUP];
     for iteration in 0..iterations {
         let fading = 1.0 - 2.0 * iteration as f32 / iterations as f32;
-        trellis = refit_all(&data, &scales, trellis);
+        let mut masses = [(0.0, 0.0); TABLE];
+        for w in data.chunks(GROUP) {
+            add_masses(w, &ones, &trellis, 1.0, &mut masses);
+        }
+        trellis = moved(&trellis, &masses);
         if fading > 0.0 {
             // About an eighth of the distance between levels.
             let noise = 0.6 * fading / (1 << bits) as f32;
@@ -225,13 +207,4 @@ pub fn train_for_gaussian(
     };
     let total: f64 = data.chunks(GROUP).map(error).sum();
     (*trellis.table(), total / data.len() as f64)
-}
-
-/// [`refit`] on all rows of one group each, in one thread.
-fn refit_all(data: &[f32], scales: &[f32], trellis: Trellis) -> Trellis {
-    let mut masses = [(0.0, 0.0); TABLE];
-    for (w, &s) in data.chunks(GROUP).zip(scales) {
-        add_masses(w, &[1.0; GROUP], &trellis, s, &mut masses);
-    }
-    moved(&trellis, &masses)
 }

@@ -3,13 +3,13 @@
 //! The packed format looks a weight up by its own `b` bits and the `6 − b` bits that follow it in the bit stream of its
 //! chain (32 weights of one row; [`nash_kernels::chain_column`]). A code therefore has a say in the values of up to three weights, and a
 //! chain of codes is a path through a trellis of `2^(6−b)` states: the bit-shift trellis of QTIP (Tseng et al. 2024, §3) with a window
-//! that a single table look-up of a CPU holds. For a Gaussian it errs 1.1 to 1.35 dB less than the best scalar quantizer of the same
-//! width (Marcellin and Fischer 1990 give 1.0 to 1.4 dB for trellises of 4 to 16 states); decoding costs the same.
+//! that a single table look-up of a CPU holds. For a Gaussian its tables err 1.27, 1.50, 1.31 and 0.63 dB less than the best scalar
+//! quantizers of 2, 3, 4 and 5 bits; with AVX-512, decoding costs the same.
 //!
 //! | module | |
 //! | --- | --- |
 //! | this | windows and values |
-//! | [`search`](self) | the best response of a whole chain: the Viterbi algorithm, with survivors that carry their own residual |
+//! | `search` | the best response of a whole chain: the Viterbi algorithm, with survivors that carry their own residual |
 //! | `fit` | the table and the scales of a tensor |
 //! | `tables` | tables for a unit Gaussian, from which fitting starts |
 
