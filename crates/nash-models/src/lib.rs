@@ -40,6 +40,7 @@ mod sampler;
 mod scratch;
 mod stop;
 mod tap;
+mod vocabulary;
 mod weights;
 
 pub use backward::GradientTap;

@@ -17,8 +17,9 @@ use crate::norm::Norm;
 use crate::weights::{Projection, Weights};
 
 /// Reads configuration and weights. Weights stay in the mapped file; norms, biases and position tables become floats.
-pub(crate) fn load(file: &ModelFile) -> Result<Model> {
-    let (config, family) = match file {
+/// `cut` tells the ranges of rows of the vocabulary's matrices, if the file does not.
+pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(usize) -> Vec<usize>) -> Result<Model> {
+    let (mut config, family) = match file {
         ModelFile::Gguf(gguf) => (
             ModelConfig::from_gguf(gguf)?,
             gguf_family(gguf, gguf.str("general.architecture")?)?,
@@ -35,6 +36,10 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
             (config, family)
         }
     };
+    if !matches!(file, ModelFile::Packed(_)) {
+        config.vocab_ranges = cut(config.vocab_size);
+        config.validate()?;
+    }
     let loader = Loader {
         file,
         family,
@@ -69,7 +74,7 @@ pub(crate) fn load(file: &ModelFile) -> Result<Model> {
         floats,
     }
     .assemble()
-    .map(|parts| {
+    .and_then(|parts| {
         let (layers, final_norm, positions) = parts;
         Model::new(config, weights, layers, final_norm, positions)
     })
@@ -180,7 +185,7 @@ impl Loader<'_> {
             return Ok(Arc::new(PackedLinear::new(packed.clone())));
         }
         let Found { tensor, part } = self.find(spec.key)?;
-        let (first, all) = self.rows(part, spec.key, rows);
+        let (first, all) = spec.range.unwrap_or(self.rows(part, spec.key, rows));
         let conv1d = self.family.names.transposed
             && spec.info.layer.is_some()
             && matches!(self.file, ModelFile::Hf(_));

@@ -52,9 +52,12 @@ pub struct LinearInfo {
 /// A linear with what the loader needs.
 #[derive(Debug, Clone)]
 pub(crate) struct LinearSpec {
+    /// The tensor of the source.
     pub(crate) key: TensorKey,
     pub(crate) info: LinearInfo,
     pub(crate) bias: bool,
+    /// Where the linear is a range of the tensor's rows: the first of them, and how many the tensor has.
+    pub(crate) range: Option<(usize, usize)>,
 }
 
 /// A small float tensor: norm, position table, router correction.
@@ -98,6 +101,11 @@ impl ModelConfig {
     }
 }
 
+/// Name of a range of the rows of a matrix.
+pub(crate) fn range_name(matrix: &str, range: usize) -> String {
+    format!("{matrix}.{range}")
+}
+
 impl Manifest {
     pub(crate) fn new(config: &ModelConfig) -> Self {
         let mut manifest = Self::default();
@@ -107,7 +115,7 @@ impl Manifest {
         } else {
             Site::Embedding
         };
-        manifest.linear(("embed_tokens.{p}", 0), None, head, [config.vocab_size, d], false);
+        manifest.vocabulary(config, "embed_tokens.{p}", head);
         if let Positions::Learned { offset } = config.positions {
             let rows = config.context_length + offset;
             manifest.float(
@@ -124,15 +132,28 @@ impl Manifest {
             manifest.norm(config, "norm.{p}", 0);
         }
         if !config.tie_embeddings {
-            manifest.linear(
-                ("lm_head.{p}", 0),
-                None,
-                Site::Head,
-                [config.vocab_size, d],
-                false,
-            );
+            manifest.vocabulary(config, "lm_head.{p}", Site::Head);
         }
         manifest
+    }
+
+    /// A matrix `[vocab, d]`, whole or in ranges of rows.
+    fn vocabulary(&mut self, config: &ModelConfig, template: &'static str, site: Site) {
+        let (rows, d) = (config.vocab_size, config.hidden_size);
+        self.linear((template, 0), None, site, [rows, d], false);
+        if config.vocab_ranges.is_empty() {
+            return;
+        }
+        let Some(whole) = self.linears.pop() else { return };
+        let mut first = 0;
+        for (i, &count) in config.vocab_ranges.iter().enumerate() {
+            let mut part = whole.clone();
+            part.info.name = range_name(&whole.info.name, i);
+            part.info.rows = count;
+            part.range = Some((first, rows));
+            first += count;
+            self.linears.push(part);
+        }
     }
 
     fn attention(&mut self, config: &ModelConfig, layer: usize) {
@@ -292,7 +313,12 @@ impl Manifest {
             rows,
             cols,
         };
-        self.linears.push(LinearSpec { key, info, bias });
+        self.linears.push(LinearSpec {
+            key,
+            info,
+            bias,
+            range: None,
+        });
     }
 
     fn float(&mut self, key: TensorKey, shape: Vec<usize>, norm_weight: bool) {

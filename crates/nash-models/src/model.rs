@@ -19,6 +19,7 @@ use crate::math;
 use crate::norm::Norm;
 use crate::rope;
 use crate::tap::Tap;
+use crate::vocabulary::Vocabulary;
 use crate::weights::Weights;
 
 /// A decoder language model.
@@ -30,8 +31,9 @@ pub struct Model {
     /// `[positions, d]`.
     positions: Option<Arc<[f32]>>,
     pub(crate) rope: RopeTables,
-    embedding: usize,
-    pub(crate) head: usize,
+    embedding: Vocabulary,
+    /// `None` if it is the embedding.
+    head: Option<Vocabulary>,
 }
 
 impl std::fmt::Debug for Model {
@@ -49,7 +51,16 @@ impl Model {
     /// # Errors
     /// Unknown or unsupported architectures, missing tensors, wrong shapes.
     pub fn load(file: &ModelFile) -> Result<Self> {
-        loader::load(file)
+        loader::load(file, |_| Vec::new())
+    }
+
+    /// Like [`Self::load`], with embedding and output matrix cut into ranges of rows, each a linear of its own: `cut` tells the rows of
+    /// each range for a vocabulary of that size, none for matrices that stay whole. Packed models keep the ranges they have.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; also if the ranges do not add up to the vocabulary.
+    pub fn load_in_ranges(file: &ModelFile, cut: impl FnOnce(usize) -> Vec<usize>) -> Result<Self> {
+        loader::load(file, cut)
     }
 
     pub(crate) fn new(
@@ -58,7 +69,7 @@ impl Model {
         layers: Vec<Layer>,
         final_norm: Option<Norm>,
         positions: Option<Arc<[f32]>>,
-    ) -> Self {
+    ) -> Result<Self> {
         let rope = match &config.positions {
             Positions::Rope(settings) => [
                 Some(rope::frequencies(&settings.global, settings.dims)),
@@ -69,9 +80,13 @@ impl Model {
             ],
             Positions::Learned { .. } => [None, None],
         };
-        let embedding = weights.slot("model.embed_tokens").unwrap_or_default();
-        let head = weights.slot("lm_head").unwrap_or(embedding);
-        Self {
+        let ranges = config.vocab_ranges.len();
+        let embedding = Vocabulary::find(&weights, "model.embed_tokens", ranges);
+        let embedding = embedding.ok_or_else(|| ModelError::NoSuchLinear {
+            name: "model.embed_tokens".into(),
+        })?;
+        let head = Vocabulary::find(&weights, "lm_head", ranges);
+        Ok(Self {
             config,
             weights,
             layers,
@@ -80,7 +95,7 @@ impl Model {
             rope,
             embedding,
             head,
-        }
+        })
     }
 
     /// What the model is.
@@ -200,9 +215,8 @@ impl Model {
         }
         x.clear();
         x.resize(tokens.len() * d, 0.0);
-        let table = self.weights.linear(self.embedding);
         for (row, &token) in x.chunks_exact_mut(d).zip(tokens) {
-            table.row(token as usize, row);
+            self.embedding.row(&self.weights, token as usize, row);
         }
         if self.config.embedding_scale != 1.0 {
             x.iter_mut().for_each(|v| *v *= self.config.embedding_scale);
@@ -255,6 +269,11 @@ impl Model {
         }
     }
 
+    /// The output matrix.
+    pub(crate) fn head(&self) -> &Vocabulary {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
     /// Logits `out [T, V]` of hidden states `[T, d]` after the final norm.
     ///
     /// # Panics
@@ -268,7 +287,7 @@ impl Model {
             "room for the logits"
         );
         tap.input(self.config.num_layers(), Site::Head, hidden, input.tokens(), d);
-        self.weights.linear(self.head).forward(&input, out);
+        self.head().forward(&self.weights, &input, out);
         if let Some(cap) = self.config.logit_softcap {
             out.iter_mut().for_each(|v| *v = math::softcap(*v, cap));
         }

@@ -431,3 +431,39 @@ fn a_packed_configuration_that_lies_is_refused() {
             .contains("nashswarm_model")
     );
 }
+
+#[test]
+fn a_vocabulary_in_ranges_computes_what_a_whole_one_does() {
+    for name in ["llama", "gpt2", "gemma3"] {
+        let file = ModelFile::open(golden(name)).unwrap();
+        let whole = Model::load(&file).unwrap();
+        let vocab = whole.config().vocab_size;
+        let ranged = Model::load_in_ranges(&file, |vocab| vec![5, 8, vocab - 13]).unwrap();
+        let ranges = |model: &Model| model.linears().iter().filter(|l| l.layer.is_none()).count();
+        assert_eq!(ranges(&ranged), 3 * ranges(&whole));
+        let tokens: Vec<u32> = [0, 4, 5, 12, 13, vocab - 1].map(|id| id as u32).into();
+        let (a, b) = (logits(&whole, &tokens), logits(&ranged, &tokens));
+        // The same sums over d products in another order of tiles: far below the size of a logit.
+        assert!(
+            a.iter()
+                .zip(&b)
+                .all(|(a, b)| (a - b).abs() <= 1e-4 * (1.0 + a.abs())),
+            "{name}"
+        );
+        let last = (tokens.len() - 1) * vocab;
+        let mut alone = vec![0.0; vocab];
+        let mut cache = KvCache::new(ranged.config(), tokens.len());
+        let hidden = ranged.forward(&tokens, &mut cache, &mut ()).unwrap();
+        let d = ranged.config().hidden_size;
+        ranged.logits(&hidden[hidden.len() - d..], &mut alone, &mut ());
+        assert!(
+            alone
+                .iter()
+                .zip(&a[last..])
+                .all(|(a, b)| (a - b).abs() <= 1e-4 * (1.0 + a.abs())),
+            "{name}"
+        );
+        let error = Model::load_in_ranges(&file, |vocab| vec![5, vocab]).unwrap_err();
+        assert!(error.to_string().contains("vocab_ranges"), "{error}");
+    }
+}

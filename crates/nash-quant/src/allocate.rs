@@ -1,7 +1,7 @@
 //! Widths for every linear under a budget that counts every byte of the file.
 
 use nash_games::{MarketOutcome, Player, clear_market};
-use nash_kernels::{PackedShape, Width};
+use nash_kernels::{PackedShape, TILE_ROWS, Width};
 use nash_models::{LinearInfo, ModelConfig, Site};
 
 use crate::QuantError;
@@ -109,6 +109,28 @@ impl Inventory {
     }
 }
 
+/// Rows of the ranges that embedding and output matrix are cut into, each a player of the market: twice a 32nd, a 16th and seven times
+/// an eighth of the vocabulary, in whole tiles. Rows are in order of merges, so frequent tokens come first. Small vocabularies stay whole.
+pub(crate) fn vocab_ranges(vocab: usize) -> Vec<usize> {
+    const SHARES: [usize; 10] = [32, 32, 16, 8, 8, 8, 8, 8, 8, 8];
+    const LEAST: usize = 4096;
+    if vocab < LEAST {
+        return Vec::new();
+    }
+    let mut ranges = SHARES.map(|share| (vocab / share).next_multiple_of(TILE_ROWS));
+    let last = SHARES.len() - 1;
+    ranges[last] = vocab - ranges[..last].iter().sum::<usize>();
+    ranges.to_vec()
+}
+
+/// Name of the matrix that a linear is a range of, or its own name.
+fn matrix_name(linear: &str) -> &str {
+    match linear.rsplit_once('.') {
+        Some((matrix, range)) if range.bytes().all(|b| b.is_ascii_digit()) => matrix,
+        _ => linear,
+    }
+}
+
 /// Loss of every linear at every width, from one measurement and the layer errors.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Curve {
@@ -151,8 +173,9 @@ pub(crate) fn fixed_widths(
     linears: &[LinearShape],
     rules: &[(String, Width)],
 ) -> Result<Vec<Option<Width>>, QuantError> {
+    let matches = |pattern: &str, name: &str| glob(pattern, name) || glob(pattern, matrix_name(name));
     for (pattern, _) in rules {
-        if !linears.iter().any(|l| glob(pattern, &l.name)) {
+        if !linears.iter().any(|l| matches(pattern, &l.name)) {
             let problem = format!(
                 "matches no tensor; names are like `{}`",
                 linears.first().map_or("", |l| &l.name)
@@ -165,7 +188,7 @@ pub(crate) fn fixed_widths(
     }
     Ok(linears
         .iter()
-        .map(|l| rules.iter().find(|(p, _)| glob(p, &l.name)).map(|r| r.1))
+        .map(|l| rules.iter().find(|(p, _)| matches(p, &l.name)).map(|r| r.1))
         .collect())
 }
 
@@ -325,6 +348,29 @@ mod tests {
             glob("*.q_proj", "layers.3.q_proj") && glob("layers.?.q*", "layers.3.q_proj") && glob("*", "")
         );
         assert!(!glob("*.q_proj", "layers.3.q_proj.bias") && !glob("layers.?.q_proj", "layers.13.q_proj"));
+    }
+
+    #[test]
+    fn ranges_add_up_and_answer_to_the_name_of_their_matrix() {
+        for vocab in [4096, 4099, 49_152, 151_936, 262_144] {
+            let ranges = vocab_ranges(vocab);
+            assert_eq!(ranges.iter().sum::<usize>(), vocab);
+            assert!(ranges.iter().all(|&rows| rows > 0), "{ranges:?}");
+        }
+        assert!(vocab_ranges(300).is_empty());
+        assert_eq!(matrix_name("lm_head.3"), "lm_head");
+        assert_eq!(
+            matrix_name("model.layers.3.mlp.up_proj"),
+            "model.layers.3.mlp.up_proj"
+        );
+        let ranges = ["lm_head.0", "lm_head.1"].map(|name| LinearShape {
+            name: name.into(),
+            rows: 8,
+            cols: 64,
+        });
+        let six = Width::new(6);
+        let found = fixed_widths(&ranges, &[("lm_head".into(), six.unwrap())]).unwrap();
+        assert_eq!(found, [six, six]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use nash_kernels::{PackedMatrix, dequantize_row, matmul};
 use nash_models::{Input, Linear, LinearInfo, Model, Site};
 
 use crate::QuantError;
-use crate::allocate::{Inventory, Profile, fixed_widths, market, uniform};
+use crate::allocate::{Inventory, Profile, fixed_widths, market, uniform, vocab_ranges};
 use crate::options::{Calibration, CompressOptions, Method};
 use crate::probe::Probe;
 use crate::progress::Progress;
@@ -46,14 +46,13 @@ pub fn compress(
         calibration: training,
         ..options.clone()
     };
-    let model = Model::load(source)?;
+    let model = load(source)?;
     model.check_finite()?;
     let inventory = Inventory::of(model.config());
     let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
     let budget = options.budget.bytes(inventory.weights());
     let baseline = uniform(&inventory, &fixed, budget)?;
-    progress.stage("hash", model.linears().len() as u64);
-    let source_sha256 = source_hash(&model, progress);
+    let source_sha256 = source_hash(source, progress)?;
     let work_dir = options.work_dir.clone().unwrap_or_else(|| work_dir_of(out));
     let scratch = open_scratch(&work_dir, options, &source_sha256)?;
     let linears = model
@@ -162,8 +161,15 @@ fn work_dir_of(out: &Path) -> PathBuf {
     out.with_file_name(name)
 }
 
+/// The source, its vocabulary in ranges.
+fn load(source: &ModelFile) -> Result<Model, QuantError> {
+    Ok(Model::load_in_ranges(source, vocab_ranges)?)
+}
+
 /// SHA-256 over the source's weight values, as `f32`, in the order of the forward pass.
-pub(crate) fn source_hash(model: &Model, progress: &dyn Progress) -> String {
+pub(crate) fn source_hash(source: &ModelFile, progress: &dyn Progress) -> Result<String, QuantError> {
+    let model = Model::load(source)?;
+    progress.stage("hash", model.linears().len() as u64);
     let mut hasher = Hasher::new();
     for info in model.linears() {
         hasher.update(info.name.as_bytes());
@@ -180,7 +186,7 @@ pub(crate) fn source_hash(model: &Model, progress: &dyn Progress) -> String {
         hasher.update(name.as_bytes());
         hasher.update(bytemuck::cast_slice(&values));
     }
-    hasher.finish()
+    Ok(hasher.finish())
 }
 
 /// Opens the scratch folder for what determines its content: source, calibration, and the rounding options. The budget is not among them.
@@ -228,7 +234,7 @@ fn select(
     let mut best = (f64::INFINITY, 0);
     if profiles.len() > 1 && !held_back.is_empty() {
         let probe = Probe::new(&session.model, held_back)?;
-        let mut model = Model::load(source)?;
+        let mut model = load(source)?;
         for (index, profile) in profiles.iter().enumerate() {
             session.progress.stage("draft", session.linears.len() as u64);
             for (info, &width) in session.linears.iter().zip(&profile.widths) {
@@ -263,7 +269,7 @@ pub(crate) fn packed_model(
     source: &ModelFile,
     solved: &[Solved],
 ) -> Result<Model, QuantError> {
-    let mut model = Model::load(source)?;
+    let mut model = load(source)?;
     for (info, solved) in session.linears.iter().zip(solved) {
         model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
     }

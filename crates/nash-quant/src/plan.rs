@@ -7,7 +7,7 @@ use nash_kernels::dense::{MatMut, MatRef, gemm};
 use nash_models::ModelConfig;
 
 use crate::QuantError;
-use crate::allocate::{Inventory, fixed_widths, uniform};
+use crate::allocate::{Inventory, fixed_widths, uniform, vocab_ranges};
 use crate::options::CompressOptions;
 
 /// Sizes, memory and time for a model and a budget.
@@ -61,6 +61,10 @@ pub struct PlanRow {
 /// # Errors
 /// If the budget is too small or a `--tensor-type` pattern matches nothing.
 pub fn plan(config: &ModelConfig, options: &CompressOptions) -> Result<Plan, QuantError> {
+    let config = &ModelConfig {
+        vocab_ranges: vocab_ranges(config.vocab_size),
+        ..config.clone()
+    };
     let inventory = Inventory::of(config);
     let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
     let weights = inventory.weights();

@@ -172,19 +172,17 @@ impl Session<'_> {
 
     /// An embedding that is only looked up: `g [T, d]` at the embedded tokens, every row and dimension taken as equally likely to matter.
     fn embedding_sensitivity(&self, g: &[f32]) -> Result<(), QuantError> {
-        let Some(info) = self.linears.iter().find(|l| l.site == Site::Embedding) else {
-            return Ok(());
-        };
-        let tokens = (g.len() / info.cols).max(1) as f64;
-        let norms = g
-            .chunks_exact(info.cols)
-            .map(|g| f64::from(dense::dot(g, g).sqrt()));
+        let d = self.model.config().hidden_size;
+        let tokens = (g.len() / d).max(1) as f64;
+        let norms = g.chunks_exact(d).map(|g| f64::from(dense::dot(g, g).sqrt()));
         let mean = norms.sum::<f64>() / tokens * f64::from(self.model.config().embedding_scale);
-        let sensitivity = RowSensitivity {
-            scale: 0.5 * mean * mean / (info.cols * info.rows) as f64,
-            rows: vec![1.0; info.rows],
-        };
-        self.scratch.put(&sensitivity_key(&info.name), &sensitivity)
+        let scale = 0.5 * mean * mean / (d * self.model.config().vocab_size) as f64;
+        for info in self.linears.iter().filter(|l| l.site == Site::Embedding) {
+            let rows = vec![1.0; info.rows];
+            self.scratch
+                .put(&sensitivity_key(&info.name), &RowSensitivity { scale, rows })?;
+        }
+        Ok(())
     }
 
     /// What errors of this linear cost; `None` where gradients were not asked for.

@@ -2,7 +2,7 @@
 
 use nash_core::{ModelFile, PackedFolder};
 use nash_games::rounding::Problem;
-use nash_models::{Model, Site};
+use nash_models::{Model, ModelConfig, Site};
 
 use crate::QuantError;
 use crate::compress::source_hash;
@@ -83,9 +83,9 @@ fn equilibrium(
     verify: VerifyOptions,
     progress: &dyn Progress,
 ) -> Result<Equilibrium, QuantError> {
-    let model = Model::load(source)?;
-    progress.stage("hash", model.linears().len() as u64);
-    let found = source_hash(&model, progress);
+    let ranges = ModelConfig::from_packed(packed.config())?.vocab_ranges;
+    let model = Model::load_in_ranges(source, |_| ranges)?;
+    let found = source_hash(source, progress)?;
     if found != report.source_sha256 {
         return Err(QuantError::Mismatch(format!(
             "the source is not the model that was compressed: its weights have SHA-256 {found}, the folder was made from {} ({})",

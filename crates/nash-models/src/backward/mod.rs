@@ -193,8 +193,6 @@ impl Model {
     ) {
         const TOKENS: usize = 64;
         let (d, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        let head = self.weights.linear(self.head);
-        let name = &self.weights.info(self.head).name;
         let mut logits = Vec::new();
         for (block, x) in x.chunks_mut(TOKENS * d).enumerate() {
             let tokens = x.len() / d;
@@ -209,9 +207,8 @@ impl Model {
                     *g *= 1.0 - (y / cap) * (y / cap);
                 }
             }
-            tap.linear(name, &hidden, &logits, tokens);
             let mut g = vec![0.0; x.len()];
-            head.backward(&logits, tokens, &mut g);
+            self.head().backward(&self.weights, &hidden, &logits, &mut g, tap);
             if let Some(norm) = &self.final_norm {
                 norm.backward(x, &mut g, tap);
             }

@@ -44,6 +44,10 @@ pub struct ModelConfig {
     pub tie_embeddings: bool,
     /// Logits become `cap·tanh(logit/cap)`.
     pub logit_softcap: Option<f32>,
+    /// Rows of the ranges that embedding and output matrix are cut into, each a linear of its own, in order of the rows; empty if
+    /// they are whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vocab_ranges: Vec<usize>,
 }
 
 /// Normalisation of the residual stream.
@@ -371,6 +375,19 @@ impl ModelConfig {
         sized("vocab_size", self.vocab_size)?;
         sized("hidden_size", self.hidden_size)?;
         sized("context_length", self.context_length)?;
+        require(
+            self.vocab_ranges.is_empty() || {
+                let rows = self.vocab_ranges.iter();
+                self.vocab_ranges.len() <= 64
+                    && !self.vocab_ranges.contains(&0)
+                    && rows.fold(0usize, |sum, &rows| sum.saturating_add(rows)) == self.vocab_size
+            },
+            "vocab_ranges",
+            format!(
+                "{:?} do not add up to {} rows",
+                self.vocab_ranges, self.vocab_size
+            ),
+        )?;
         check_layers(self.layers.len())?;
         self.validate_attention(&require, &sized)?;
         require(
