@@ -7,6 +7,7 @@
 //! | [`trellis`] | values looked up by windows of the bit stream: trellis-coded quantization |
 //! | [`rounding`] | weights choose codes, groups choose scales; best response to a Nash equilibrium |
 //! | [`leader`] | the leader–follower start (GPTQ / LDLQ order) |
+//! | [`allocation`] | what the market is compared with, and what refines it: greedy, knapsack, pairwise, evolution, particle swarm |
 //! | [`market`] | tensors buy bits at a price that clears the byte budget |
 //! | [`certificate`] | regret of every player, computed without the solvers' code |
 //!
@@ -14,6 +15,7 @@
 //! `G = ceil(n / 64)` scale groups per row.
 #![forbid(unsafe_code)]
 
+pub mod allocation;
 pub mod certificate;
 pub mod codebook;
 mod error;

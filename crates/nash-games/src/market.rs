@@ -90,7 +90,7 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
 }
 
 /// Bytes if everyone takes the smallest format.
-fn smallest(players: &[Player]) -> u64 {
+pub(crate) fn smallest(players: &[Player]) -> u64 {
     let least = |p: &Player| p.choices.iter().map(|c| c.0).min().unwrap_or(0);
     players.iter().map(least).sum()
 }
@@ -200,7 +200,7 @@ fn respond_all(players: &[Player], price: f64) -> Vec<usize> {
     players.iter().map(|p| respond(p, price)).collect()
 }
 
-fn total(players: &[Player], chosen: &[usize]) -> (u64, f64) {
+pub(crate) fn total(players: &[Player], chosen: &[usize]) -> (u64, f64) {
     players
         .iter()
         .zip(chosen)
@@ -210,7 +210,7 @@ fn total(players: &[Player], chosen: &[usize]) -> (u64, f64) {
 }
 
 /// Buys, as long as one fits, the upgrade with the largest fall of loss per byte.
-fn spend_remainder(players: &[Player], budget: u64, chosen: &mut [usize]) {
+pub(crate) fn spend_remainder(players: &[Player], budget: u64, chosen: &mut [usize]) {
     loop {
         let left = budget - total(players, chosen).0;
         let mut best: Option<(f64, usize, usize)> = None;

@@ -105,6 +105,8 @@ pub struct BestResponse {
     pub max_sweeps: usize,
     /// Whether scale groups are players too.
     pub move_scales: bool,
+    /// Whether whole chains of a trellis deviate together, before single codes answer.
+    pub joint_moves: bool,
 }
 
 /// What happened in a play.
@@ -240,6 +242,7 @@ impl<'a> Chunk<'a> {
 
     fn play(&mut self, codes: &mut [u8], scale_codes: &mut [i8], rule: BestResponse) -> Trace {
         self.refresh(codes, scale_codes);
+        self.searches = rule.joint_moves;
         let mut trace = Trace {
             potential: vec![inner_product(&self.delta, &self.residual)],
             moves: Vec::new(),

@@ -11,6 +11,7 @@ use rand::{RngExt, SeedableRng};
 const TO_THE_END: BestResponse = BestResponse {
     max_sweeps: 200,
     move_scales: true,
+    joint_moves: true,
 };
 
 /// Weights `[rows, cols]` and a Hessian of correlated inputs (a random walk over columns), damped by 5 %.
@@ -234,6 +235,7 @@ fn threads_do_not_change_a_bit() {
                 BestResponse {
                     max_sweeps: 5,
                     move_scales: true,
+                    joint_moves: true,
                 },
             )
             .unwrap();

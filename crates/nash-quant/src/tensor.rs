@@ -102,6 +102,7 @@ impl Rounded {
         let rule = BestResponse {
             max_sweeps: sweeps,
             move_scales: true,
+            joint_moves: true,
         };
         let trace = play(problem, &mut self.grid, &mut self.codes, rule).map_err(QuantError::game(name))?;
         self.sweeps += trace.moves.len();
