@@ -1,6 +1,6 @@
 //! Widths for every linear under a budget that counts every byte of the file.
 
-use nash_games::{MarketOutcome, Player, clear_market};
+use nash_games::{MarketOutcome, Player};
 use nash_kernels::{PackedShape, TILE_ROWS, Width};
 use nash_models::{LinearInfo, ModelConfig, Site};
 
@@ -124,7 +124,7 @@ pub(crate) fn vocab_ranges(vocab: usize) -> Vec<usize> {
 }
 
 /// Name of the matrix that a linear is a range of, or its own name.
-fn matrix_name(linear: &str) -> &str {
+pub(crate) fn matrix_name(linear: &str) -> &str {
     match linear.rsplit_once('.') {
         Some((matrix, range)) if range.bytes().all(|b| b.is_ascii_digit()) => matrix,
         _ => linear,
@@ -215,7 +215,7 @@ pub(crate) fn glob(pattern: &str, name: &str) -> bool {
 /// A width for every linear.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Profile {
-    /// `market` or `uniform`.
+    /// What proposed it, such as `market` or `uniform`.
     pub name: &'static str,
     /// One width per linear.
     pub widths: Vec<Width>,
@@ -233,41 +233,24 @@ fn offers(fixed: Option<Width>) -> impl Iterator<Item = (usize, Width)> {
         .filter(move |(_, w)| fixed.is_none_or(|f| f == *w))
 }
 
-/// Clears the market for bits.
-///
-/// # Errors
-/// If the budget is below the smallest size.
-pub(crate) fn market(
-    inventory: &Inventory,
-    fixed: &[Option<Width>],
-    curves: &[Curve],
-    budget: u64,
-) -> Result<Profile, QuantError> {
-    let players: Vec<Player> = inventory
-        .linears
-        .iter()
-        .zip(fixed)
-        .zip(curves)
+/// The players of the market for bits: sizes and predicted losses of every linear's formats.
+pub(crate) fn players(inventory: &Inventory, fixed: &[Option<Width>], curves: &[Curve]) -> Vec<Player> {
+    let linears = inventory.linears.iter().zip(fixed).zip(curves);
+    linears
         .map(|((l, &f), curve)| Player {
             choices: offers(f)
                 .map(|(i, w)| (l.packed_bytes(w).unwrap_or(u64::MAX / 1024), curve.loss(i)))
                 .collect(),
         })
-        .collect();
-    check_budget(inventory, fixed, budget)?;
-    let outcome =
-        clear_market(&players, budget - inventory.fixed_bytes()).map_err(QuantError::game("market"))?;
-    let widths = fixed
-        .iter()
-        .zip(&outcome.chosen)
+        .collect()
+}
+
+/// Widths of chosen formats.
+pub(crate) fn widths(fixed: &[Option<Width>], chosen: &[usize]) -> Vec<Width> {
+    let chosen = fixed.iter().zip(chosen);
+    chosen
         .filter_map(|(&f, &c)| offers(f).nth(c).map(|(_, w)| w))
-        .collect();
-    Ok(Profile {
-        name: "market",
-        widths,
-        predicted_kl: Some(outcome.loss),
-        market: Some(outcome),
-    })
+        .collect()
 }
 
 /// The same width everywhere; where the budget lies between two widths, tensors spread evenly over the model (in golden-ratio
@@ -409,9 +392,11 @@ mod tests {
             })
             .collect();
         let budget = inventory.file_bytes(&[Width::new(3).unwrap(); 20]).unwrap();
-        let profile = market(&inventory, &[None; 20], &curves, budget).unwrap();
-        assert!(profile.widths[7].bits() >= 5, "{:?}", profile.widths);
-        assert!(inventory.file_bytes(&profile.widths).unwrap() <= budget);
+        let players = players(&inventory, &[None; 20], &curves);
+        let outcome = nash_games::clear_market(&players, budget - inventory.fixed_bytes()).unwrap();
+        let widths = widths(&[None; 20], &outcome.chosen);
+        assert!(widths[7].bits() >= 5, "{widths:?}");
+        assert!(inventory.file_bytes(&widths).unwrap() <= budget);
     }
 
     #[test]

@@ -1,19 +1,19 @@
 //! The whole way from a source model to a packed folder.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 use nash_core::ModelFile;
 use nash_core::hash::Hasher;
-use nash_kernels::{PackedMatrix, dequantize_row, matmul};
-use nash_models::{Input, Linear, LinearInfo, Model, Site};
+use nash_models::{LinearInfo, Model, Site};
 
 use crate::QuantError;
-use crate::allocate::{Inventory, Profile, fixed_widths, market, uniform, vocab_ranges};
+use crate::allocate::{Inventory, Profile, fixed_widths, uniform};
+use crate::judge::Judge;
 use crate::options::{Calibration, CompressOptions, Method};
-use crate::probe::Probe;
+use crate::packed::load;
 use crate::progress::Progress;
+use crate::propose::Wishes;
 use crate::report::{Report, TensorRow, four_digits};
 use crate::scratch::Scratch;
 use crate::session::{Session, Solved};
@@ -51,7 +51,8 @@ pub fn compress(
     let inventory = Inventory::of(model.config());
     let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
     let budget = options.budget.bytes(inventory.weights());
-    let baseline = uniform(&inventory, &fixed, budget)?;
+    // An impossible budget is told before any work.
+    uniform(&inventory, &fixed, budget)?;
     let source_sha256 = source_hash(source, progress)?;
     let work_dir = options.work_dir.clone().unwrap_or_else(|| work_dir_of(out));
     let scratch = open_scratch(&work_dir, options, &source_sha256)?;
@@ -68,16 +69,12 @@ pub fn compress(
         progress,
     };
     session.calibrate()?;
-    let mut profiles = vec![baseline];
-    // Where every width is given there is nothing to buy.
-    if options.method == Method::Nash && fixed.iter().any(Option::is_none) {
-        let curves = session.curves()?;
-        profiles.insert(0, market(&inventory, &fixed, &curves, budget)?);
-        // An allocation that is the same twice needs no contest.
-        if profiles[0].widths == profiles[1].widths {
-            profiles.pop();
-        }
-    }
+    let wishes = Wishes {
+        inventory: &inventory,
+        fixed: &fixed,
+        budget,
+    };
+    let profiles = session.propose(source, &wishes)?;
     let Choice {
         profile,
         solved,
@@ -107,6 +104,7 @@ pub fn compress(
         method: options.method,
         start: options.start,
         codebook: options.codebook,
+        allocation: options.allocation,
         sensitivity: session.sensitivity_kind(),
         seed: options.seed,
         damping: options.damping,
@@ -161,11 +159,6 @@ fn work_dir_of(out: &Path) -> PathBuf {
     out.with_file_name(name)
 }
 
-/// The source, its vocabulary in ranges.
-fn load(source: &ModelFile) -> Result<Model, QuantError> {
-    Ok(Model::load_in_ranges(source, vocab_ranges)?)
-}
-
 /// SHA-256 over the source's weight values, as `f32`, in the order of the forward pass.
 pub(crate) fn source_hash(source: &ModelFile, progress: &dyn Progress) -> Result<String, QuantError> {
     let model = Model::load(source)?;
@@ -197,7 +190,7 @@ fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<S
         text.update(bytemuck::cast_slice(window));
     }
     let fingerprint = format!(
-        "{} source {source} calibration {} method {:?} start {:?} codebook {:?} damping {} sensitivity {:?} seed {} sweeps {} probe {} every {}",
+        "{} source {source} calibration {} method {:?} start {:?} codebook {:?} damping {} sensitivity {:?} seed {} joint {} sweeps {} probe {} every {}",
         env!("CARGO_PKG_VERSION"),
         text.finish(),
         options.method,
@@ -206,6 +199,7 @@ fn open_scratch(dir: &Path, options: &CompressOptions, source: &str) -> Result<S
         options.damping,
         options.sensitivity,
         options.seed,
+        options.joint_moves,
         options.max_sweeps,
         options.probe_tokens,
         options.probe_layer_stride
@@ -233,16 +227,10 @@ fn select(
     let mut candidates = Vec::new();
     let mut best = (f64::INFINITY, 0);
     if profiles.len() > 1 && !held_back.is_empty() {
-        let probe = Probe::new(&session.model, held_back)?;
-        let mut model = load(source)?;
+        let mut judge = Judge::new(session, source, held_back)?;
         for (index, profile) in profiles.iter().enumerate() {
             session.progress.stage("draft", session.linears.len() as u64);
-            for (info, &width) in session.linears.iter().zip(&profile.widths) {
-                let draft = session.draft(info, width)?;
-                model.set_linear(&info.name, Arc::new(OwnedPacked(draft.matrix)))?;
-                session.progress.advance(1);
-            }
-            let kl = probe.kl(&model)?;
+            let kl = judge.kl(session, &profile.widths, &|| session.progress.advance(1))?;
             candidates.push((profile.name.to_string(), four_digits(kl)));
             if kl < best.0 {
                 best = (kl, index);
@@ -263,43 +251,9 @@ fn select(
     })
 }
 
-/// The source with its linears replaced by packed ones.
-pub(crate) fn packed_model(
-    session: &Session<'_>,
-    source: &ModelFile,
-    solved: &[Solved],
-) -> Result<Model, QuantError> {
-    let mut model = load(source)?;
-    for (info, solved) in session.linears.iter().zip(solved) {
-        model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
-    }
-    Ok(model)
-}
-
 fn rows(linears: &[LinearInfo], profile: &Profile, solved: &[Solved]) -> Vec<TensorRow> {
     let records = solved.iter().map(|s| &s.record);
     let rows = linears.iter().zip(&profile.widths).zip(records);
     rows.map(|((info, width), r)| TensorRow::new(&info.name, width.bits(), r.sweeps, &r.certificate))
         .collect()
-}
-
-/// A packed weight in memory, run by the same kernels as one in a file.
-struct OwnedPacked(PackedMatrix);
-
-impl Linear for OwnedPacked {
-    fn rows(&self) -> usize {
-        self.0.as_ref().shape().rows
-    }
-    fn cols(&self) -> usize {
-        self.0.as_ref().shape().cols
-    }
-    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
-        matmul(self.0.as_ref(), input.activations(), y);
-    }
-    fn row(&self, row: usize, out: &mut [f32]) {
-        dequantize_row(self.0.as_ref(), row, out);
-    }
-    fn resident_bytes(&self) -> usize {
-        self.0.as_ref().stream().len()
-    }
 }

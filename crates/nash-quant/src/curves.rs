@@ -7,7 +7,7 @@ use nash_kernels::Width;
 use nash_models::{DenseLinear, Linear, LinearInfo};
 
 use crate::QuantError;
-use crate::allocate::Curve;
+use crate::allocate::{Curve, matrix_name};
 use crate::options::Codebook;
 use crate::probe::Probe;
 use crate::session::Session;
@@ -79,13 +79,16 @@ impl Session<'_> {
         }
         let probe = match probe {
             Some(probe) => probe,
-            None => probe.insert(Probe::new(&self.model, &self.probe_windows())?),
+            None => probe.insert(Probe::new(
+                &self.model,
+                &self.two_windows(self.options.probe_tokens / 2),
+            )?),
         };
         let measured = match layer {
             Some(layer) => probe.kl_of_changes(&mut self.model, layer, changes)?,
             None => changes
                 .into_iter()
-                .map(|(name, changed)| probe.kl_of_change(&mut self.model, name, changed))
+                .map(|(name, changed)| probe.kl_of_all(&mut self.model, None, vec![(name.into(), changed)]))
                 .collect::<Result<_, _>>()?,
         };
         for (curve, kl) in curves.iter_mut().zip(measured) {
@@ -94,9 +97,9 @@ impl Session<'_> {
         Ok(curves)
     }
 
-    /// The first tokens of the first calibration windows, `probe_tokens` in all.
-    fn probe_windows(&self) -> Vec<Vec<u32>> {
-        let each = (self.options.probe_tokens / 2).max(2);
+    /// The first `tokens` tokens of two calibration windows.
+    pub(crate) fn two_windows(&self, tokens: usize) -> Vec<Vec<u32>> {
+        let each = tokens.max(2);
         let windows = &self.options.calibration.windows;
         let step = (windows.len() / 2).max(1);
         windows
@@ -164,7 +167,7 @@ impl Session<'_> {
     }
 
     /// The linear as it would be at the reference width.
-    fn rounded_to_reference(
+    pub(crate) fn rounded_to_reference(
         &self,
         info: &LinearInfo,
         problem: Problem<'_>,
@@ -181,14 +184,18 @@ fn is_measured(layer: usize, layers: usize, stride: usize) -> bool {
     layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(stride)
 }
 
+/// Kind of a linear: its name after the layer's number; outside of the layers the matrix it belongs to.
+pub(crate) fn kind(info: &LinearInfo) -> &str {
+    match info.layer {
+        Some(_) => info.name.splitn(4, '.').nth(3).unwrap_or(&info.name),
+        None => matrix_name(&info.name),
+    }
+}
+
 /// Fills in the KL divergences that were not measured: KL per relative layer error, interpolated geometrically between the nearest measured
 /// layers of the same kind of tensor, times the tensor's own relative layer error.
 fn interpolate(linears: &[LinearInfo], curves: &mut [Curve]) {
-    let kind = |l: &LinearInfo| {
-        let after_layers = l.name.splitn(4, '.').nth(3).unwrap_or(&l.name);
-        after_layers.to_string()
-    };
-    let known: Vec<(String, usize, f64)> = linears
+    let known: Vec<(&str, usize, f64)> = linears
         .iter()
         .zip(&*curves)
         .filter_map(|(l, c)| {

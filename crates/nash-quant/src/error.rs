@@ -94,6 +94,13 @@ pub enum QuantError {
     Cancelled,
 }
 
+impl From<nash_games::GameError> for QuantError {
+    /// An error of a game over the whole model, which no tensor is to blame for.
+    fn from(source: nash_games::GameError) -> Self {
+        Self::game("allocation")(source)
+    }
+}
+
 impl QuantError {
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
         Self::Io {

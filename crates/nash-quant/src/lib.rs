@@ -13,13 +13,17 @@
 
 mod allocate;
 mod compress;
+mod couplings;
 mod curves;
 mod error;
 mod hessian;
+mod judge;
 mod options;
+mod packed;
 mod plan;
 mod probe;
 mod progress;
+mod propose;
 mod report;
 pub mod scratch;
 mod sensitivity;
@@ -33,7 +37,7 @@ mod write;
 pub use allocate::{Curve, Inventory, LinearShape, Profile};
 pub use compress::compress;
 pub use error::QuantError;
-pub use options::{Budget, Calibration, Codebook, CompressOptions, Method, Sensitivity, Start};
+pub use options::{Allocation, Budget, Calibration, Codebook, CompressOptions, Method, Sensitivity, Start};
 pub use plan::{Plan, plan};
 pub use progress::Progress;
 pub use report::{Report, TensorRow, Tuning};

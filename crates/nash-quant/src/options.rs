@@ -57,6 +57,27 @@ pub enum Codebook {
     Scalar,
 }
 
+/// How the bytes are divided among the tensors (for [`Method::Nash`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Allocation {
+    /// The market at its clearing price, or uniform widths where held-back text likes those better.
+    #[default]
+    Market,
+    /// The market with price multipliers refined by a particle swarm on the true loss; falls back on the market and on uniform widths.
+    Swarm,
+    /// Baseline: the same width everywhere.
+    Uniform,
+    /// Baseline: the largest fall of the measured loss per byte, again and again.
+    Greedy,
+    /// Baseline: the exact optimum of the measured losses.
+    Knapsack,
+    /// Baseline: the market with measured pairwise effects.
+    Pairwise,
+    /// Baseline: evolutionary search on the true loss (EvoPress), without measured losses.
+    Evolution,
+}
+
 /// How the loss of a tensor at a width is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -92,6 +113,10 @@ pub struct CompressOptions {
     pub start: Start,
     /// What codes are worth (for [`Method::Nash`]). The leader–follower start needs [`Codebook::Scalar`].
     pub codebook: Codebook,
+    /// How the bytes are divided (for [`Method::Nash`]).
+    pub allocation: Allocation,
+    /// Whole profiles whose true loss a search may measure ([`Allocation::Swarm`], [`Allocation::Evolution`]).
+    pub evaluations: usize,
     /// How losses are known (for [`Method::Nash`]).
     pub sensitivity: Sensitivity,
     /// Fixed widths: (glob over canonical tensor names, width); the first match counts.
@@ -104,6 +129,10 @@ pub struct CompressOptions {
     pub damping: f64,
     /// Sweeps of the rounding game at most.
     pub max_sweeps: usize,
+    /// Whether whole chains of a trellis deviate together before single codes answer.
+    pub joint_moves: bool,
+    /// Whether what was found before is used again: solutions start from drafts, candidates share them. Changes the time, not the result.
+    pub reuse: bool,
     /// Tokens on which the KL divergence of single-tensor changes is measured.
     pub probe_tokens: usize,
     /// In models of more than twelve layers it is measured in the first and last few and in every n-th layer between them.
@@ -138,12 +167,16 @@ impl Default for CompressOptions {
             method: Method::Nash,
             start: Start::Nearest,
             codebook: Codebook::Trellis,
+            allocation: Allocation::Market,
+            evaluations: 64,
             sensitivity: Sensitivity::Measured,
             tensor_types: Vec::new(),
             seed: 0,
             calibration: Calibration::default(),
             damping: 0.1,
             max_sweeps: 64,
+            joint_moves: true,
+            reuse: true,
             probe_tokens: 128,
             probe_layer_stride: 3,
             tune_epochs: 0,

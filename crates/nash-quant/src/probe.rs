@@ -77,17 +77,29 @@ impl Probe {
         Ok(self.divergences(model, x)[0])
     }
 
-    /// KL divergence with one linear outside of the layers replaced; the model is as before afterwards.
+    /// KL divergence with linears replaced together, none of them below `layer` (`None`: anywhere); the model is as before afterwards.
     ///
     /// # Errors
     /// If the model cannot run a window.
-    pub(crate) fn kl_of_change(
+    pub(crate) fn kl_of_all(
         &self,
         model: &mut Model,
-        name: &str,
-        changed: Arc<dyn Linear>,
+        layer: Option<usize>,
+        mut changes: Vec<(String, Arc<dyn Linear>)>,
     ) -> Result<f64, QuantError> {
-        replaced(model, name, changed, |model| self.kl(model))
+        if let Some((name, changed)) = changes.pop() {
+            return replaced(model, &name, changed, |model| {
+                self.kl_of_all(model, layer, changes)
+            });
+        }
+        let mut x = match layer {
+            Some(layer) => self.states[layer].clone(),
+            None => self.embed(model)?,
+        };
+        for layer in layer.unwrap_or(0)..model.config().num_layers() {
+            model.layer_forward_sequences(layer, &mut x, &self.lengths)?;
+        }
+        Ok(self.divergences(model, x)[0])
     }
 
     /// KL divergences with each of some linears of one layer replaced alone; the model is as before afterwards. The layers above run
@@ -156,7 +168,7 @@ fn replaced<T>(
     model: &mut Model,
     name: &str,
     changed: Arc<dyn Linear>,
-    work: impl FnOnce(&Model) -> Result<T, QuantError>,
+    work: impl FnOnce(&mut Model) -> Result<T, QuantError>,
 ) -> Result<T, QuantError> {
     let before = model.linear(name).cloned();
     model.set_linear(name, changed)?;

@@ -6,7 +6,7 @@ use nash_core::PackedFolder;
 use nash_games::RoundingCertificate;
 
 use crate::QuantError;
-use crate::options::{Budget, Codebook, Method, Sensitivity, Start};
+use crate::options::{Allocation, Budget, Codebook, Method, Sensitivity, Start};
 
 /// The report of a compression.
 ///
@@ -30,6 +30,9 @@ pub struct Report {
     pub start: Start,
     /// What codes are worth.
     pub codebook: Codebook,
+    /// How the bytes were to be divided; [`Self::profile`] says what won.
+    #[serde(default)]
+    pub allocation: Allocation,
     /// How losses were known, and with it the Hessians.
     #[serde(default = "measured")]
     pub sensitivity: Sensitivity,

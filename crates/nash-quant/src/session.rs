@@ -162,16 +162,20 @@ impl Session<'_> {
             method: self.options.method,
             start: self.options.start,
             codebook: self.options.codebook,
+            sweeps: self.options.max_sweeps.min(DRAFT_SWEEPS),
+            joint_moves: self.options.joint_moves,
         }
     }
 
     /// Solves a tensor at a width, or takes it from the scratch folder. Starts from its draft if there is one.
     pub(crate) fn solve(&self, info: &LinearInfo, width: Width) -> Result<Solved, QuantError> {
         self.stored(info, width, Effort::Full, |problem| {
-            let mut rounded = match self.scratch.get_bytes(&solved_key(info, width, Effort::Draft))? {
-                Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => {
-                    Rounded::of(draft.matrix.as_ref(), draft.record.sweeps)
-                }
+            let mut rounded = match self.known(info, width, Effort::Draft)? {
+                Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => Rounded::of(
+                    draft.matrix.as_ref(),
+                    draft.record.sweeps,
+                    self.options.joint_moves,
+                ),
                 _ => draft(&info.name, problem, self.rounding(width))?,
             };
             if self.options.method == Method::Nash {
@@ -198,6 +202,14 @@ impl Session<'_> {
         })
     }
 
+    /// What was found for a tensor before, if it may be used again.
+    fn known(&self, info: &LinearInfo, width: Width, effort: Effort) -> Result<Option<Vec<u8>>, QuantError> {
+        if !self.options.reuse {
+            return Ok(None);
+        }
+        self.scratch.get_bytes(&solved_key(info, width, effort))
+    }
+
     /// What the scratch folder holds for a tensor; computed first if it does not.
     fn stored(
         &self,
@@ -207,8 +219,7 @@ impl Session<'_> {
         compute: impl FnOnce(Problem<'_>) -> Result<(PackedMatrix, SolvedRecord), QuantError>,
     ) -> Result<Solved, QuantError> {
         self.check_cancelled()?;
-        let key = solved_key(info, width, effort);
-        let known = self.scratch.get_bytes(&key)?;
+        let known = self.known(info, width, effort)?;
         if let Some(solved) = known.and_then(|b| stored::decode(&b, info, width)) {
             return Ok(solved);
         }
@@ -219,7 +230,8 @@ impl Session<'_> {
             hessian: &hessian,
         })?;
         let solved = Solved { matrix, record };
-        self.scratch.put_bytes(&key, &stored::encode(&solved)?)?;
+        self.scratch
+            .put_bytes(&solved_key(info, width, effort), &stored::encode(&solved)?)?;
         Ok(solved)
     }
 }

@@ -23,6 +23,10 @@ pub(crate) struct Rounding {
     pub(crate) start: Start,
     /// What codes are worth (for [`Method::Nash`]).
     pub(crate) codebook: Codebook,
+    /// Sweeps of a draft, at most [`DRAFT_SWEEPS`].
+    pub(crate) sweeps: usize,
+    /// Whether chains deviate together.
+    pub(crate) joint_moves: bool,
 }
 
 /// A rounded tensor.
@@ -34,6 +38,8 @@ pub(crate) struct Rounded {
     pub(crate) codes: Vec<u8>,
     /// Sweeps played; 0 for the baselines.
     pub(crate) sweeps: usize,
+    /// Whether chains deviate together.
+    joint_moves: bool,
 }
 
 /// Rounds `problem` (named for errors): a fitted grid, a start and, for the games, [`DRAFT_SWEEPS`] sweeps.
@@ -70,16 +76,17 @@ pub(crate) fn draft(name: &str, problem: Problem<'_>, rounding: Rounding) -> Res
         grid,
         codes,
         sweeps: 0,
+        joint_moves: rounding.joint_moves,
     };
     if rounding.method == Method::Nash {
-        rounded.play(name, problem, DRAFT_SWEEPS)?;
+        rounded.play(name, problem, rounding.sweeps)?;
     }
     Ok(rounded)
 }
 
 impl Rounded {
     /// What a packed tensor holds, after `sweeps` sweeps.
-    pub(crate) fn of(packed: PackedRef<'_>, sweeps: usize) -> Self {
+    pub(crate) fn of(packed: PackedRef<'_>, sweeps: usize, joint_moves: bool) -> Self {
         let width = packed.shape().width;
         let parts = unpack(packed);
         Self {
@@ -91,6 +98,7 @@ impl Rounded {
             },
             codes: parts.codes,
             sweeps,
+            joint_moves,
         }
     }
 
@@ -102,7 +110,7 @@ impl Rounded {
         let rule = BestResponse {
             max_sweeps: sweeps,
             move_scales: true,
-            joint_moves: true,
+            joint_moves: self.joint_moves,
         };
         let trace = play(problem, &mut self.grid, &mut self.codes, rule).map_err(QuantError::game(name))?;
         self.sweeps += trace.moves.len();
@@ -142,6 +150,6 @@ pub(crate) fn certify(
     packed: PackedRef<'_>,
     stride: usize,
 ) -> Result<RoundingCertificate, QuantError> {
-    let Rounded { grid, codes, .. } = Rounded::of(packed, 0);
+    let Rounded { grid, codes, .. } = Rounded::of(packed, 0, false);
     certify_rounding(problem, &grid, &codes, stride).map_err(QuantError::game(name))
 }

@@ -17,7 +17,7 @@ use nash_models::{GradientTap, Model};
 use rayon::prelude::*;
 
 use crate::QuantError;
-use crate::compress::packed_model;
+use crate::packed::packed_model;
 use crate::probe::{Probe, embed, log_softmax};
 use crate::report::{Tuning, four_digits};
 use crate::session::{Session, Solved};

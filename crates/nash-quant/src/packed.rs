@@ -1,0 +1,50 @@
+//! Packed weights in memory, and the source with its linears replaced by them.
+
+use std::sync::Arc;
+
+use nash_core::ModelFile;
+use nash_kernels::{PackedMatrix, dequantize_row, matmul};
+use nash_models::{Input, Linear, Model};
+
+use crate::QuantError;
+use crate::allocate::vocab_ranges;
+use crate::session::{Session, Solved};
+
+/// The source, its vocabulary in ranges.
+pub(crate) fn load(source: &ModelFile) -> Result<Model, QuantError> {
+    Ok(Model::load_in_ranges(source, vocab_ranges)?)
+}
+
+/// The source with its linears replaced by packed ones.
+pub(crate) fn packed_model(
+    session: &Session<'_>,
+    source: &ModelFile,
+    solved: &[Solved],
+) -> Result<Model, QuantError> {
+    let mut model = load(source)?;
+    for (info, solved) in session.linears.iter().zip(solved) {
+        model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
+    }
+    Ok(model)
+}
+
+/// A packed weight in memory, run by the same kernels as one in a file.
+pub(crate) struct OwnedPacked(pub(crate) PackedMatrix);
+
+impl Linear for OwnedPacked {
+    fn rows(&self) -> usize {
+        self.0.as_ref().shape().rows
+    }
+    fn cols(&self) -> usize {
+        self.0.as_ref().shape().cols
+    }
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        matmul(self.0.as_ref(), input.activations(), y);
+    }
+    fn row(&self, row: usize, out: &mut [f32]) {
+        dequantize_row(self.0.as_ref(), row, out);
+    }
+    fn resident_bytes(&self) -> usize {
+        self.0.as_ref().stream().len()
+    }
+}
