@@ -51,6 +51,8 @@ pub(crate) enum Command {
     Demo(commands::demo::Demo),
     Compress(commands::compress::Compress),
     Eval(commands::eval::Eval),
+    Compare(commands::compare::Compare),
+    Ablate(commands::ablate::Ablate),
     Glue(commands::glue::Glue),
     Run(commands::run::Run),
     Chat(commands::chat::Chat),

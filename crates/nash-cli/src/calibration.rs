@@ -6,6 +6,8 @@ use std::str::FromStr;
 use nash_models::{GenerateOptions, Generator, KvCache, Sampler, SamplingParams};
 use nash_quant::Calibration;
 use nash_text::Tokenizer;
+use rand::SeedableRng as _;
+use rand_pcg::Pcg64Mcg;
 
 use crate::failure::Hint as _;
 use crate::model::{self, Loaded};
@@ -54,12 +56,12 @@ pub(crate) fn calibration(
         Source::File(path) => (model::read_text(path)?, path.display().to_string()),
         Source::Model => return write_itself(loaded, tokens, seed, ui),
     };
-    let windows = spread(&loaded.tokenizer, &text, tokens)?;
+    let windows = spread(&loaded.tokenizer, &text, tokens, seed)?;
     Ok(Calibration { windows, description })
 }
 
-/// Windows spread evenly over a text, so that all of it has a say.
-fn spread(tokenizer: &Tokenizer, text: &str, wanted: usize) -> anyhow::Result<Vec<Vec<u32>>> {
+/// Windows of a text: for seed 0 spread evenly, so that all of it has a say; for other seeds drawn.
+fn spread(tokenizer: &Tokenizer, text: &str, wanted: usize, seed: u64) -> anyhow::Result<Vec<Vec<u32>>> {
     let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     let tokens = tokenizer.encode(text, false)?;
     let body = WINDOW - usize::from(bos.is_some());
@@ -72,11 +74,19 @@ fn spread(tokenizer: &Tokenizer, text: &str, wanted: usize) -> anyhow::Result<Ve
         .hint("give a longer text, or use `--calibration self`");
     }
     let count = wanted.div_ceil(WINDOW).clamp(1, available.len());
-    let window = |index: usize| {
-        bos.into_iter()
-            .chain(available[index * available.len() / count].iter().copied())
+    let mut chosen: Vec<usize> = match seed {
+        0 => (0..count).map(|i| i * available.len() / count).collect(),
+        _ => {
+            let mut rng = Pcg64Mcg::seed_from_u64(seed);
+            rand::seq::index::sample(&mut rng, available.len(), count).into_vec()
+        }
     };
-    Ok((0..count).map(|index| window(index).collect()).collect())
+    chosen.sort_unstable();
+    let window = |index: usize| bos.into_iter().chain(available[index].iter().copied());
+    Ok(chosen
+        .into_iter()
+        .map(|index: usize| window(index).collect())
+        .collect())
 }
 
 /// Text sampled from the model at temperature 1, which follows its own distribution: any language, any domain.

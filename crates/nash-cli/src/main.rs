@@ -6,6 +6,7 @@
 mod args;
 mod calibration;
 mod commands;
+mod contest;
 mod failure;
 mod format;
 mod generate;

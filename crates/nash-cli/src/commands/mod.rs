@@ -1,7 +1,9 @@
 //! The commands, one file each.
 
+pub(crate) mod ablate;
 pub(crate) mod bench;
 pub(crate) mod chat;
+pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod compress;
 pub(crate) mod demo;
@@ -25,6 +27,8 @@ pub(crate) fn run(command: Command, global: &Global) -> anyhow::Result<()> {
         Command::Demo(demo) => demo.run(&ui),
         Command::Compress(compress) => compress.run(&ui),
         Command::Eval(eval) => eval.run(&ui),
+        Command::Compare(compare) => compare.run(&ui),
+        Command::Ablate(ablate) => ablate.run(&ui),
         Command::Glue(glue) => glue.run(&ui),
         Command::Run(run) => run.run(&ui),
         Command::Chat(chat) => chat.run(&ui),

@@ -10,8 +10,12 @@ use super::{Chain, TABLE, Trellis, exists, gather, padded, scatter, search, tabl
 use crate::codebook::for_each_scale;
 use crate::grid::Grid;
 
-/// Rows whose weights shape the table.
-const TABLE_ROWS: usize = 192;
+/// Weights that shape the table, in whole rows: a thousand per entry.
+const SAMPLE: usize = 1 << 16;
+/// Multiples of the current scale to try: at first, later, and for rows that are not in the sample.
+const WIDE: &[f32] = &[1.0, 0.87, 1.15];
+const NARROW: &[f32] = &[1.0, 0.95, 1.05];
+const REST: &[f32] = &[1.0, 0.89, 1.12, 0.94, 1.06];
 const ROWS_PER_CHUNK: usize = 16;
 
 /// Table (for a unit scale) and scales `[m, G]` of `weights [m, n]` for column importances `h [n]`.
@@ -22,16 +26,31 @@ pub(crate) fn fit(
     bits: usize,
     rounds: usize,
 ) -> (Trellis, Vec<f32>) {
+    let stride = (weights.len() / SAMPLE).max(1);
+    let sample: Vec<f32> = weights.chunks(cols).step_by(stride).flatten().copied().collect();
     let mut trellis = Trellis::new(bits, tables::gaussian(bits));
-    let mut scales = root_mean_squares(weights, cols);
+    let spread = root_mean_squares(&sample, cols);
+    let mut scales = spread.clone();
     for round in 0..rounds {
-        for_each_scale(weights, cols, h, &mut scales, |w, h, s| {
-            best_scale(w, h, &trellis, s, factors(round))
+        let factors = if round == 0 { WIDE } else { NARROW };
+        for_each_scale(&sample, cols, h, &mut scales, |w, h, s| {
+            best_scale(w, h, &trellis, s, factors)
         });
         if round + 1 < rounds {
-            trellis = refit(weights, cols, h, &scales, trellis);
+            trellis = refit(&sample, cols, h, &scales, trellis);
         }
     }
+    if stride == 1 {
+        return (trellis, scales);
+    }
+    // What the sample's scales are in units of the spread is where those of the other rows start.
+    let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+    let ratio = (sum(&scales) / sum(&spread).max(f64::MIN_POSITIVE)) as f32;
+    let mut scales = root_mean_squares(weights, cols);
+    scales.iter_mut().for_each(|s| *s *= ratio);
+    for_each_scale(weights, cols, h, &mut scales, |w, h, s| {
+        best_scale(w, h, &trellis, s, REST)
+    });
     (trellis, scales)
 }
 
@@ -42,14 +61,6 @@ fn root_mean_squares(weights: &[f32], cols: usize) -> Vec<f32> {
         .par_chunks(cols)
         .flat_map_iter(|row| row.chunks(GROUP).map(root))
         .collect()
-}
-
-/// Multiples of the current scale to try.
-fn factors(round: usize) -> &'static [f32] {
-    match round {
-        0 => &[1.0, 0.87, 1.15],
-        _ => &[1.0, 0.95, 1.05],
-    }
 }
 
 /// The scale that minimises `Σ h (w − ŵ)²` among multiples of the current one, each refined by least squares.
@@ -116,15 +127,10 @@ impl pulp::NullaryFnOnce for Nearest<'_> {
 /// Mass and moment of the weights that fell on each window.
 type Masses = [(f64, f64); TABLE];
 
-/// The table moved to the means of a sample of the rows, each weight counted `h · scale²`.
+/// The table moved to the means of what fell on its entries, each weight counted `h · scale²`.
 fn refit(weights: &[f32], cols: usize, h: &[f32], scales: &[f32], trellis: Trellis) -> Trellis {
     let groups = Grid::groups(cols);
-    let stride = (weights.len() / cols).div_ceil(TABLE_ROWS).max(1);
-    let rows: Vec<(&[f32], &[f32])> = weights
-        .chunks(cols)
-        .zip(scales.chunks(groups))
-        .step_by(stride)
-        .collect();
+    let rows: Vec<(&[f32], &[f32])> = weights.chunks(cols).zip(scales.chunks(groups)).collect();
     let parts: Vec<Masses> = rows
         .par_chunks(ROWS_PER_CHUNK)
         .map(|rows| {

@@ -263,7 +263,7 @@ pub(crate) fn row(out: &Path, report: &nash_quant::Report) -> anyhow::Result<Row
     })
 }
 
-fn bits(text: &str) -> Result<f64, String> {
+pub(crate) fn bits(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(bits) if (2.0..=16.0).contains(&bits) => Ok(bits),
         _ => Err("give a number between 2 and 16".into()),
