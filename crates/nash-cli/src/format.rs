@@ -31,6 +31,23 @@ pub(crate) fn duration(duration: Duration) -> String {
     }
 }
 
+/// A time as people type it: `90s`, `5m`, `1.5h`; seconds without a unit.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    let digits = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit {
+        "" | "s" | "sec" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("`{unit}` is not a unit of time; use s, m or h")),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(n) if n > 0.0 && n * factor < 1e9 => Ok(Duration::from_secs_f64(n * factor)),
+        _ => Err("give a time such as 90s, 5m or 2h".into()),
+    }
+}
+
 /// A count with thousands apart: `134 515 008`.
 pub(crate) fn count(value: u64) -> String {
     let digits = value.to_string();
@@ -101,6 +118,26 @@ mod tests {
         assert_eq!(of(185.0), "3 min 05 s");
         assert_eq!(of(7800.0), "2 h 10 min");
         assert_eq!(of(3e6), "34 days");
+    }
+
+    #[test]
+    fn times_that_people_type() {
+        for (text, seconds) in [
+            ("90s", 90.0),
+            ("5m", 300.0),
+            ("1.5h", 5400.0),
+            ("45", 45.0),
+            ("2 min", 120.0),
+        ] {
+            assert_eq!(
+                parse_duration(text).map(|d| d.as_secs_f64()),
+                Ok(seconds),
+                "{text}"
+            );
+        }
+        for bad in ["", "m", "-5m", "5d", "0", "NaN", "1e300h"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

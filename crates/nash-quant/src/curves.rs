@@ -180,7 +180,7 @@ impl Session<'_> {
 
 /// Whether the effect of tensors in this layer is measured: all layers of shallow models; in deep ones the first three and the last two,
 /// which differ most, and every `stride`-th between.
-fn is_measured(layer: usize, layers: usize, stride: usize) -> bool {
+pub(crate) fn is_measured(layer: usize, layers: usize, stride: usize) -> bool {
     layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(stride)
 }
 

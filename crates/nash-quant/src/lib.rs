@@ -37,8 +37,10 @@ mod write;
 pub use allocate::{Curve, Inventory, LinearShape, Profile};
 pub use compress::compress;
 pub use error::QuantError;
-pub use options::{Allocation, Budget, Calibration, Codebook, CompressOptions, Method, Sensitivity, Start};
-pub use plan::{Plan, plan};
+pub use options::{
+    Allocation, Budget, Calibration, Codebook, CompressOptions, Effort, Method, Sensitivity, Start,
+};
+pub use plan::{Plan, effort_within, plan};
 pub use progress::Progress;
 pub use report::{Report, TensorRow, Tuning};
 pub use verify::{Verification, VerifyOptions, verify};

@@ -93,6 +93,83 @@ pub enum Sensitivity {
     Gradient,
 }
 
+/// How much work a compression may be. Everything else about it is as asked for.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Effort {
+    /// Scalar codebooks, uniform widths, few sweeps.
+    Least,
+    /// Scalar codebooks, a market with few measurements, few sweeps.
+    Quick,
+    /// Trellis codebooks, a market with few measurements.
+    Short,
+    /// Everything that pays.
+    #[default]
+    Normal,
+    /// Also what pays little for its time: the market refined by a particle swarm, norms and biases tuned.
+    Thorough,
+}
+
+impl Effort {
+    /// All, least first.
+    pub const ALL: [Self; 5] = [
+        Self::Least,
+        Self::Quick,
+        Self::Short,
+        Self::Normal,
+        Self::Thorough,
+    ];
+
+    /// Tokens to calibrate on.
+    pub fn calibration_tokens(self) -> usize {
+        match self {
+            Self::Least => 2048,
+            Self::Quick => 3072,
+            Self::Short => 8192,
+            Self::Normal | Self::Thorough => 16384,
+        }
+    }
+
+    /// The same options with this much work.
+    #[must_use]
+    pub fn apply(self, options: CompressOptions) -> CompressOptions {
+        let usual = CompressOptions::default();
+        let few = CompressOptions {
+            probe_tokens: 48,
+            probe_layer_stride: 8,
+            ..options
+        };
+        match self {
+            Self::Least => CompressOptions {
+                codebook: Codebook::Scalar,
+                allocation: Allocation::Uniform,
+                max_sweeps: 2,
+                ..few
+            },
+            Self::Quick => CompressOptions {
+                codebook: Codebook::Scalar,
+                max_sweeps: 3,
+                ..few
+            },
+            Self::Short => CompressOptions { max_sweeps: 8, ..few },
+            Self::Normal => CompressOptions {
+                probe_tokens: usual.probe_tokens,
+                probe_layer_stride: usual.probe_layer_stride,
+                ..few
+            },
+            Self::Thorough => CompressOptions {
+                probe_tokens: usual.probe_tokens,
+                probe_layer_stride: usual.probe_layer_stride,
+                allocation: Allocation::Swarm,
+                tune_epochs: 2,
+                ..few
+            },
+        }
+    }
+}
+
 /// Text to calibrate on, as windows of tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Calibration {

@@ -4,11 +4,12 @@ use std::time::Instant;
 
 use nash_kernels::Width;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
-use nash_models::ModelConfig;
+use nash_models::{ModelConfig, Site};
 
 use crate::QuantError;
 use crate::allocate::{Inventory, fixed_widths, uniform, vocab_ranges};
-use crate::options::CompressOptions;
+use crate::curves::is_measured;
+use crate::options::{Allocation, Codebook, CompressOptions, Effort, Method};
 
 /// Sizes, memory and time for a model and a budget.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -61,10 +62,7 @@ pub struct PlanRow {
 /// # Errors
 /// If the budget is too small or a `--tensor-type` pattern matches nothing.
 pub fn plan(config: &ModelConfig, options: &CompressOptions) -> Result<Plan, QuantError> {
-    let config = &ModelConfig {
-        vocab_ranges: vocab_ranges(config.vocab_size),
-        ..config.clone()
-    };
+    let config = &in_ranges(config);
     let inventory = Inventory::of(config);
     let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
     let weights = inventory.weights();
@@ -75,7 +73,13 @@ pub fn plan(config: &ModelConfig, options: &CompressOptions) -> Result<Plan, Qua
     let context = config.context_length.min(4096);
     let kv = config.layers.len() * config.attention.kv_heads * config.attention.head_dim * 2 * 2 * context;
     let count = |w: Width| profile.widths.iter().filter(|&&p| p == w).count();
-    let cost = Cost::of(config, &inventory, options);
+    let given: usize = options.calibration.windows.iter().map(Vec::len).sum();
+    let tokens = if given == 0 {
+        Effort::default().calibration_tokens()
+    } else {
+        given
+    };
+    let cost = Cost::of(config, &inventory, options, tokens);
     Ok(Plan {
         weights,
         budget_bytes: budget,
@@ -108,26 +112,64 @@ pub fn plan(config: &ModelConfig, options: &CompressOptions) -> Result<Plan, Qua
     })
 }
 
+/// The most work that is estimated to fit in this many seconds on this machine; the least there is if none fits. The tokens to calibrate on are those
+/// of the effort.
+///
+/// # Errors
+/// If a `--tensor-type` pattern matches nothing.
+pub fn effort_within(
+    config: &ModelConfig,
+    options: &CompressOptions,
+    seconds: f64,
+) -> Result<(Effort, f64), QuantError> {
+    let config = in_ranges(config);
+    let inventory = Inventory::of(&config);
+    let rate = operations_per_second();
+    let mut best = None;
+    for effort in Effort::ALL {
+        let options = effort.apply(options.clone());
+        let cost = Cost::of(&config, &inventory, &options, effort.calibration_tokens());
+        let estimate = cost.operations / rate;
+        if best.is_none() || estimate <= seconds {
+            best = Some((effort, estimate));
+        }
+    }
+    Ok(best.unwrap_or((Effort::Least, 0.0)))
+}
+
+/// The configuration with its vocabulary cut as compression cuts it.
+fn in_ranges(config: &ModelConfig) -> ModelConfig {
+    ModelConfig {
+        vocab_ranges: vocab_ranges(config.vocab_size),
+        ..config.clone()
+    }
+}
+
 /// Operation and byte counts of a compression.
 struct Cost {
+    /// `f32` operations of matrix products, and what else takes time in units of them.
     operations: f64,
     memory: u64,
     scratch: u64,
 }
 
+/// Per weight, in `f32` operations of a matrix product that take as long: fitting table and scales and two sweeps, and the sweeps from there to
+/// equilibrium, without the products. Measured on a CPU with AVX-512; with narrower registers both cost more.
+const TRELLIS: [f64; 2] = [45e3, 30e3];
+/// The same for scalar codebooks, of which every sweep after the draft costs the second number.
+const SCALAR: [f64; 2] = [6e3, 1e3];
+/// Sweeps from a draft to equilibrium.
+const SWEEPS: f64 = 14.0;
+/// Rows on which losses at all widths are computed.
+const SAMPLE_ROWS: f64 = 48.0;
+
 impl Cost {
-    fn of(config: &ModelConfig, inventory: &Inventory, options: &CompressOptions) -> Self {
-        let tokens = options
-            .calibration
-            .windows
-            .iter()
-            .map(Vec::len)
-            .sum::<usize>()
-            .max(16 * 1024) as f64;
-        let probe = options.probe_tokens as f64;
-        let params: f64 = inventory.linears.iter().map(|l| l.weights() as f64).sum();
+    fn of(config: &ModelConfig, inventory: &Inventory, options: &CompressOptions, tokens: usize) -> Self {
+        let linears = &inventory.linears;
+        let tokens = tokens as f64;
+        let params: f64 = linears.iter().map(|l| l.weights() as f64).sum();
         // Tensors that read the same input share a Hessian; per layer there are about four of them.
-        let mut sites: Vec<(Option<usize>, nash_models::Site, usize)> = config
+        let mut sites: Vec<(Option<usize>, Site, usize)> = config
             .linears()
             .iter()
             .map(|l| (l.layer, l.site, l.cols))
@@ -136,33 +178,52 @@ impl Cost {
         let gram: f64 = sites.iter().map(|s| (s.2 as f64).powi(2)).sum();
         // With gradients: forward, again and back, and a Hessian per linear instead of one per input.
         let calibrate = if options.sensitivity.weights_tokens() {
-            let grams: f64 = inventory.linears.iter().map(|l| (l.cols as f64).powi(2)).sum();
+            let grams: f64 = linears.iter().map(|l| (l.cols as f64).powi(2)).sum();
             2.0 * tokens * (3.0 * params + grams)
         } else {
             2.0 * tokens * (params + gram)
         };
-        // One sweep of the game: a product of every weight matrix with its Hessian.
-        let sweep: f64 = inventory
-            .linears
+        // One product of every weight matrix with its Hessian.
+        let product: f64 = linears
             .iter()
             .map(|l| 2.0 * l.weights() as f64 * l.cols as f64)
             .sum();
-        let solve = sweep * (options.max_sweeps as f64 + 2.0) * 1.5;
-        // Measuring: every linear once at the reference width, half of the layers on average, and the head.
-        let head = 2.0 * (config.vocab_size * config.hidden_size) as f64;
-        let measure = if options.sensitivity.measures() {
-            inventory.linears.len() as f64 * probe * (params + head) + 4.0 * sweep
-        } else {
-            0.0
-        };
-        let largest = inventory.linears.iter().map(|l| l.weights()).max().unwrap_or(0);
-        let widest = inventory.linears.iter().map(|l| l.cols as u64).max().unwrap_or(0);
+        let trellis = options.codebook == Codebook::Trellis;
+        let [draft, rest] = if trellis { TRELLIS } else { SCALAR };
+        let sweeps = SWEEPS.min(options.max_sweeps as f64);
+        let draft = params * draft + 2.0 * product;
+        let solve = params * rest * if trellis { sweeps / SWEEPS } else { sweeps } + sweeps * product;
+        let evaluation = |tokens: f64| 2.0 * tokens * params;
+        let (mut drafts, mut measure) = (1.0, 0.0);
+        if options.method == Method::Nash && options.allocation != Allocation::Uniform {
+            // The market's draft, and half of the uniform one; searches draft about one more.
+            drafts = 1.5;
+            let layers = config.num_layers();
+            let measured = (0..layers).filter(|&l| is_measured(l, layers, options.probe_layer_stride));
+            let share = measured.count() as f64 / layers.max(1) as f64;
+            let sampled: f64 = linears.iter().map(|l| SAMPLE_ROWS * l.cols as f64).sum();
+            let widths = Width::ALL.len() as f64;
+            measure = sampled / params * widths * draft + share * (params * SCALAR[0] + 2.0 * product);
+            if options.sensitivity.measures() {
+                // On average half of the layers run, and the head.
+                let head = (config.vocab_size * config.hidden_size) as f64;
+                let probe = 0.5 * evaluation(options.probe_tokens as f64);
+                measure += share * linears.len() as f64 * (probe + 2.0 * options.probe_tokens as f64 * head);
+            }
+            if matches!(options.allocation, Allocation::Swarm | Allocation::Evolution) {
+                drafts += 1.0;
+                measure += options.evaluations as f64 * evaluation(512.0);
+            }
+        }
+        let tune = options.tune_epochs as f64 * 4.0 * evaluation(tokens);
+        let largest = linears.iter().map(|l| l.weights()).max().unwrap_or(0);
+        let widest = linears.iter().map(|l| l.cols as u64).max().unwrap_or(0);
         let states = tokens as u64 * config.hidden_size as u64 * 4;
         let probe_bytes = options.probe_tokens as u64
             * 4
             * (config.vocab_size + config.layers.len() * config.hidden_size) as u64;
         Self {
-            operations: calibrate + measure + solve,
+            operations: calibrate + measure + drafts * draft + solve + tune,
             memory: largest * 14 + 8 * widest * widest + states.max(probe_bytes) + (64 << 20),
             scratch: (gram * 2.0) as u64 + params as u64,
         }

@@ -3,6 +3,7 @@
 mod summary;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{ArgGroup, Args, ValueEnum, value_parser};
@@ -10,7 +11,7 @@ use nash_eval::memory;
 use nash_eval::report::{Report, Row};
 use nash_kernels::Width;
 use nash_models::ModelConfig;
-use nash_quant::{Budget, Codebook, CompressOptions, Method, Sensitivity};
+use nash_quant::{Allocation, Budget, Codebook, CompressOptions, Effort, Method, Sensitivity};
 
 use crate::args::{Json, Threads};
 use crate::calibration::{Source, calibration};
@@ -33,6 +34,7 @@ use crate::{format, model};
   nashswarm compress model.gguf -o small --bpw 3 --dry-run       what would come out, at what cost
   nashswarm compress ./Llama-3.2-1B -o small --size 500MB --calibration text.txt
   nashswarm compress model.gguf -o small --tensor-type '*.down_proj=4' --tensor-type 'lm_head=6'
+  nashswarm compress model.gguf -o small --time-budget 5m        what can be done in five minutes
   nashswarm compress model.gguf -o small --resume                go on after an interruption")]
 pub(crate) struct Compress {
     /// Model to compress: GGUF file, model folder, or name of a fetched model
@@ -53,24 +55,35 @@ pub(crate) struct Compress {
     /// Text to calibrate on: a file, `book` (comes with the program) or `self` (the model writes it)
     #[arg(long, value_name = "FILE|book|self", default_value = "book", value_parser = value_parser!(Source))]
     calibration: Source,
-    /// Tokens to calibrate on
-    #[arg(long, value_name = "N", default_value_t = 16384)]
-    calibration_tokens: usize,
+    /// Tokens to calibrate on [default: 16384 with normal effort]
+    #[arg(long, value_name = "N")]
+    calibration_tokens: Option<usize>,
+    /// How much work to do
+    #[arg(long, value_enum, value_name = "EFFORT", default_value_t = Work::Normal)]
+    effort: Work,
+    /// The most work that is estimated to fit in this time on this machine, such as 90s, 5m or 2h. Says which effort that
+    /// is, so that it can be repeated: the result depends on the effort alone
+    #[arg(long, value_name = "TIME", value_parser = format::parse_duration, conflicts_with = "effort")]
+    time_budget: Option<Duration>,
     /// Fix the width of tensors: PATTERN may have `*`, WIDTH is 2, 3, 4, 5, 6 or 8; the first match counts
     #[arg(long, value_name = "PATTERN=WIDTH", value_parser = tensor_type)]
     tensor_type: Vec<(String, Width)>,
     /// How weights are rounded
     #[arg(long, value_enum, default_value_t = Rounding::Nash)]
     method: Rounding,
-    /// What a weight's value is looked up by
-    #[arg(long, value_enum, default_value_t = Lookup::Trellis)]
-    codebook: Lookup,
+    /// How the bytes are divided among the tensors [default: market; swarm with thorough effort]
+    #[arg(long, value_enum, value_name = "NAME")]
+    allocation: Option<Division>,
+    /// What a weight's value is looked up by [default: trellis; scalar below short effort]
+    #[arg(long, value_enum)]
+    codebook: Option<Lookup>,
     /// How it is known what a tensor's rounding costs the whole model
     #[arg(long, value_enum, default_value_t = Losses::Measured)]
     losses: Losses,
-    /// Tune norms and biases to the rounded weights, going over the calibration text N times
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    tune: usize,
+    /// Tune norms and biases to the rounded weights, going over the calibration text N times [default: 0; 2 with thorough
+    /// effort]
+    #[arg(long, value_name = "N")]
+    tune: Option<usize>,
     /// Seed of every random choice
     #[arg(short, long, value_name = "N", default_value_t = 0, env = "NASHSWARM_SEED")]
     seed: u64,
@@ -101,6 +114,66 @@ enum Rounding {
     Rtn,
     /// Baseline: GPTQ with act-order on a uniform grid, one width everywhere
     Gptq,
+}
+
+/// Names of the efforts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Work {
+    /// Scalar codebooks, one width everywhere, few sweeps
+    Least,
+    /// Scalar codebooks, a market with few measurements, few sweeps
+    Quick,
+    /// Trellis codebooks, a market with few measurements
+    Short,
+    /// Everything that pays
+    Normal,
+    /// Also what pays little for its time: a swarm refines the market, norms and biases are tuned
+    Thorough,
+}
+
+impl From<Work> for Effort {
+    fn from(work: Work) -> Self {
+        match work {
+            Work::Least => Self::Least,
+            Work::Quick => Self::Quick,
+            Work::Short => Self::Short,
+            Work::Normal => Self::Normal,
+            Work::Thorough => Self::Thorough,
+        }
+    }
+}
+
+/// Names of the allocations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Division {
+    /// At the clearing price of measured losses; equally where that turns out better
+    Market,
+    /// The market, refined by a particle swarm on the loss of the whole model
+    Swarm,
+    /// Equally
+    Uniform,
+    /// Baseline: the largest fall of the measured loss per byte first
+    Greedy,
+    /// Baseline: the exact optimum of the measured losses
+    Knapsack,
+    /// Baseline: the market with measured pairwise effects
+    Pairwise,
+    /// Baseline: evolutionary search on the loss of the whole model (EvoPress)
+    Evolution,
+}
+
+impl From<Division> for Allocation {
+    fn from(division: Division) -> Self {
+        match division {
+            Division::Market => Self::Market,
+            Division::Swarm => Self::Swarm,
+            Division::Uniform => Self::Uniform,
+            Division::Greedy => Self::Greedy,
+            Division::Knapsack => Self::Knapsack,
+            Division::Pairwise => Self::Pairwise,
+            Division::Evolution => Self::Evolution,
+        }
+    }
 }
 
 /// Names of the codebooks.
@@ -175,39 +248,57 @@ impl Compress {
     fn plan(&self) -> anyhow::Result<()> {
         let (_, file) = model::open(&self.source)?;
         let config = model::config(&file)?;
-        let options = CompressOptions {
-            budget: self.budget(&config)?,
-            tensor_types: self.tensor_type.clone(),
-            method: self.method.into(),
-            codebook: self.codebook.into(),
-            sensitivity: self.losses.into(),
-            ..CompressOptions::default()
-        };
+        let (effort, options) = self.effort(&config)?;
         let plan = nash_quant::plan(&config, &options)?;
         self.json.write(&plan)?;
         if !self.json.replaces_table() {
             say!("{}", plan_table(std::slice::from_ref(&plan)));
-            say!("nothing was written");
+            say!("effort: {effort:?}; nothing was written");
         }
         Ok(())
     }
 
     fn options(&self, loaded: &Loaded, ui: &Ui) -> anyhow::Result<CompressOptions> {
-        let calibration = calibration(&self.calibration, loaded, self.calibration_tokens, self.seed, ui)?;
+        let (effort, options) = self.effort(loaded.model.config())?;
+        let tokens = self.calibration_tokens.unwrap_or(effort.calibration_tokens());
+        if self.time_budget.is_some() {
+            ui.note(&format!("effort within the time: {effort:?}"));
+        }
         Ok(CompressOptions {
-            budget: self.budget(loaded.model.config())?,
-            method: self.method.into(),
-            codebook: self.codebook.into(),
-            sensitivity: self.losses.into(),
-            tensor_types: self.tensor_type.clone(),
-            tune_epochs: self.tune,
             seed: self.seed,
-            calibration,
+            calibration: calibration(&self.calibration, loaded, tokens, self.seed, ui)?,
             resume: self.resume,
             force: self.force,
             work_dir: self.work_dir.clone(),
-            ..CompressOptions::default()
+            ..options
         })
+    }
+
+    /// The effort, and the options that come of it and of what was asked for; without text.
+    fn effort(&self, config: &ModelConfig) -> anyhow::Result<(Effort, CompressOptions)> {
+        let asked = CompressOptions {
+            budget: self.budget(config)?,
+            method: self.method.into(),
+            sensitivity: self.losses.into(),
+            tensor_types: self.tensor_type.clone(),
+            ..CompressOptions::default()
+        };
+        let effort = match self.time_budget {
+            Some(time) => nash_quant::effort_within(config, &asked, time.as_secs_f64())?.0,
+            None => self.effort.into(),
+        };
+        let mut options = effort.apply(asked);
+        // What was asked for by name counts more than the effort.
+        if let Some(lookup) = self.codebook {
+            options.codebook = lookup.into();
+        }
+        if let Some(division) = self.allocation {
+            options.allocation = division.into();
+        }
+        if let Some(epochs) = self.tune {
+            options.tune_epochs = epochs;
+        }
+        Ok((effort, options))
     }
 
     fn budget(&self, config: &ModelConfig) -> anyhow::Result<Budget> {

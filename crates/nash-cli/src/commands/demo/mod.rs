@@ -24,7 +24,7 @@ use crate::store::Store;
 use crate::table::demo_table;
 use crate::ui::{Ui, Unit};
 use crate::{format, interrupt, texts};
-use pack::{BUDGETS, Effort, compress_all, folder};
+use pack::{BUDGETS, Extent, compress_all, folder};
 
 /// Name of the model in the catalogue.
 const MODEL: &str = "smollm2";
@@ -86,20 +86,26 @@ impl Demo {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
         let start = Instant::now();
-        let effort = Effort::new(self.quick);
+        let extent = Extent::new(self.quick);
         let source = model::load(&self.source(ui)?, ui)?;
         let text = self.text.as_deref().map(model::read_text).transpose()?;
         let text = text.as_deref().unwrap_or(texts::EVALUATION);
         let dir = self.dir(&source)?;
-        let calibration = calibration(&Source::BuiltIn, &source, effort.calibration_tokens, 0, ui)?;
-        let packed = compress_all(&source, &dir, &calibration, &effort, ui)?;
+        let calibration = calibration(
+            &Source::BuiltIn,
+            &source,
+            extent.effort.calibration_tokens(),
+            0,
+            ui,
+        )?;
+        let packed = compress_all(&source, &dir, &calibration, extent.effort, ui)?;
 
         ui.note("loading the packed models from disk");
         let loaded = packed
             .iter()
             .map(|packed| model::load(&packed.dir, ui))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let windows = eval::windows(&source.tokenizer, text, 512, Some(effort.chunks))?;
+        let windows = eval::windows(&source.tokenizer, text, 512, Some(extent.chunks))?;
         let mut rows = eval::compare(&source, &loaded, &windows, ui)?;
         let models: Vec<&Loaded> = std::iter::once(&source).chain(&loaded).collect();
         rows[0].name = format!("source: {}", source.name());
@@ -111,9 +117,9 @@ impl Demo {
         let mut answered = Vec::new();
         for (row, loaded) in rows.into_iter().zip(models) {
             ui.begin(&format!("{}: speed and answer", row.name), 0, Unit::Steps);
-            let answer = self.answer(loaded, &effort, ui)?;
+            let answer = self.answer(loaded, &extent, ui)?;
             answered.push(Answered {
-                row: with_speed(row, loaded, &effort)?,
+                row: with_speed(row, loaded, &extent)?,
                 answer,
             });
             ui.finish();
@@ -167,13 +173,13 @@ impl Demo {
     }
 
     /// The answer to the question; `None` for a model without a chat template.
-    fn answer(&self, loaded: &Loaded, effort: &Effort, ui: &Ui) -> anyhow::Result<Option<String>> {
+    fn answer(&self, loaded: &Loaded, extent: &Extent, ui: &Ui) -> anyhow::Result<Option<String>> {
         let Ok(template) = loaded.tokenizer.chat_template() else {
             return Ok(None);
         };
         let prompt = template.render(&[Message::new("user", &self.prompt)], &RenderOptions::answer())?;
         let tokens = loaded.tokenizer.encode_prompt(&prompt, false)?;
-        let limits = Limits::predict(effort.answer_tokens);
+        let limits = Limits::predict(extent.answer_tokens);
         let mut session = Session::with_params(loaded, &limits, SamplingParams::default())?;
         let answer = session.answer(&tokens, ui, &mut |_| Ok(()))?;
         interrupt::check()?;
@@ -213,7 +219,7 @@ impl Demo {
 }
 
 /// Adds a short speed measurement.
-fn with_speed(row: Row, loaded: &Loaded, effort: &Effort) -> anyhow::Result<Row> {
+fn with_speed(row: Row, loaded: &Loaded, extent: &Extent) -> anyhow::Result<Row> {
     let mut scorer = ModelScorer::new(&loaded.model);
     let mut tick = || {
         if interrupt::stopped() {
@@ -222,7 +228,7 @@ fn with_speed(row: Row, loaded: &Loaded, effort: &Effort) -> anyhow::Result<Row>
             Ok(())
         }
     };
-    let speed = speed(&mut scorer as &mut dyn Decoder, effort.speed, &mut tick)?;
+    let speed = speed(&mut scorer as &mut dyn Decoder, extent.speed, &mut tick)?;
     Ok(Row {
         speed: Some(speed),
         peak_memory_bytes: memory::peak_bytes(),

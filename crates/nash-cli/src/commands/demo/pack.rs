@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use nash_eval::SpeedOptions;
-use nash_quant::{Budget, Calibration, Codebook, CompressOptions, Method};
+use nash_quant::{Budget, Calibration, CompressOptions, Effort, Method};
 
 use crate::commands::compress;
 use crate::model::Loaded;
@@ -14,48 +14,30 @@ use crate::ui::Ui;
 pub(super) const BUDGETS: [f64; 2] = [4.25, 3.0];
 
 /// How much of everything.
-pub(super) struct Effort {
-    pub(super) calibration_tokens: usize,
-    codebook: Codebook,
-    probe_tokens: usize,
-    probe_layer_stride: usize,
-    max_sweeps: usize,
+pub(super) struct Extent {
+    pub(super) effort: Effort,
     pub(super) chunks: usize,
     pub(super) answer_tokens: usize,
     pub(super) speed: SpeedOptions,
 }
 
-impl Effort {
-    /// The usual effort, or one for people in a hurry.
+impl Extent {
+    /// The usual extent, or one for people in a hurry.
     pub(super) fn new(quick: bool) -> Self {
-        let usual = CompressOptions::default();
-        let speed = SpeedOptions {
-            prompt_tokens: 128,
-            generate_tokens: 32,
-            repeats: if quick { 1 } else { 3 },
-        };
-        if quick {
-            Self {
-                calibration_tokens: 3072,
-                codebook: Codebook::Scalar,
-                probe_tokens: 48,
-                probe_layer_stride: 8,
-                max_sweeps: 3,
-                chunks: 3,
-                answer_tokens: 40,
-                speed,
-            }
+        let (effort, chunks, answer_tokens, repeats) = if quick {
+            (Effort::Quick, 3, 40, 1)
         } else {
-            Self {
-                calibration_tokens: 8192,
-                codebook: usual.codebook,
-                probe_tokens: usual.probe_tokens,
-                probe_layer_stride: usual.probe_layer_stride,
-                max_sweeps: usual.max_sweeps,
-                chunks: 16,
-                answer_tokens: 80,
-                speed,
-            }
+            (Effort::Normal, 16, 80, 3)
+        };
+        Self {
+            effort,
+            chunks,
+            answer_tokens,
+            speed: SpeedOptions {
+                prompt_tokens: 128,
+                generate_tokens: 32,
+                repeats,
+            },
         }
     }
 }
@@ -72,7 +54,7 @@ pub(super) fn compress_all(
     source: &Loaded,
     dir: &Path,
     calibration: &Calibration,
-    effort: &Effort,
+    effort: Effort,
     ui: &Ui,
 ) -> anyhow::Result<Vec<Packed>> {
     let mut packed = Vec::new();
@@ -82,19 +64,15 @@ pub(super) fn compress_all(
             (Method::Nash, "Nash-Swarm"),
             (Method::RoundToNearest, "round to nearest"),
         ] {
-            let options = CompressOptions {
+            let options = effort.apply(CompressOptions {
                 budget,
                 method,
                 calibration: calibration.clone(),
-                codebook: effort.codebook,
-                probe_tokens: effort.probe_tokens,
-                probe_layer_stride: effort.probe_layer_stride,
-                max_sweeps: effort.max_sweeps,
                 // The folders of the demo are its own, and what one budget measured serves the next.
                 force: true,
                 work_dir: Some(dir.join(format!("work-{}", label(method)))),
                 ..CompressOptions::default()
-            };
+            });
             let out = dir.join(folder(method, bits));
             ui.note(&format!("{name}, {bits:.2} bits per weight"));
             let report = compress::compress(source, &out, &options, ui)?;
