@@ -2,6 +2,7 @@
 
 mod get_models;
 mod offgrid;
+mod synthetic;
 
 use std::path::PathBuf;
 
@@ -40,11 +41,31 @@ enum Command {
         #[command(flatten)]
         noise: offgrid::Noise,
     },
+    /// Make a random model of a published shape, to measure time, memory and speed at sizes that no package has
+    Synthetic {
+        /// The shape
+        #[arg(value_enum)]
+        shape: synthetic::Shape,
+        /// Folder to write
+        dir: PathBuf,
+        /// Layers, if fewer than the shape has
+        #[arg(long)]
+        layers: Option<usize>,
+        /// Seed of the weights
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::GetModels { dir, models } => get_models::run(&dir, &models),
         Command::Offgrid { input, output, noise } => offgrid::run(&input, &output, noise),
+        Command::Synthetic {
+            shape,
+            dir,
+            layers,
+            seed,
+        } => synthetic::run(shape, layers, seed, &dir),
     }
 }
