@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand, value_parser};
+use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use nash_models::SamplingParams;
+use nash_quant::Effort;
 
 use crate::commands;
 
@@ -124,6 +125,33 @@ impl Threads {
     /// Gives this many threads to all further work; to be called once, before it.
     pub(crate) fn apply(self) -> anyhow::Result<()> {
         Ok(nash_kernels::pool::set_threads(self.threads.unwrap_or(0).into())?)
+    }
+}
+
+/// Names of the efforts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Work {
+    /// Scalar codebooks, one width everywhere, few sweeps
+    Least,
+    /// Scalar codebooks, a market with few measurements, few sweeps
+    Quick,
+    /// Trellis codebooks, a market with few measurements
+    Short,
+    /// Everything that pays
+    Normal,
+    /// Also what pays little for its time: a swarm refines the market, norms and biases are tuned
+    Thorough,
+}
+
+impl From<Work> for Effort {
+    fn from(work: Work) -> Self {
+        match work {
+            Work::Least => Self::Least,
+            Work::Quick => Self::Quick,
+            Work::Short => Self::Short,
+            Work::Normal => Self::Normal,
+            Work::Thorough => Self::Thorough,
+        }
     }
 }
 

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::{Args, value_parser};
 use nash_eval::report::Row;
-use nash_quant::{Budget, CompressOptions, Report};
+use nash_quant::{Budget, CompressOptions, Effort, Report};
 
-use crate::args::{Json, Threads};
+use crate::args::{Json, Threads, Work};
 use crate::calibration::{Source, calibration};
 use crate::commands::{compress, eval};
 use crate::model::{self, Loaded};
@@ -35,9 +35,12 @@ pub(crate) struct Contest {
     /// Text to calibrate on: a file, `book` (comes with the program) or `self` (the model writes it)
     #[arg(long, value_name = "FILE|book|self", default_value = "book", value_parser = value_parser!(Source))]
     calibration: Source,
-    /// Tokens to calibrate on
-    #[arg(long, value_name = "N", default_value_t = 8192)]
-    calibration_tokens: usize,
+    /// Tokens to calibrate on [default: those of the effort]
+    #[arg(long, value_name = "N")]
+    calibration_tokens: Option<usize>,
+    /// How much work to do for each
+    #[arg(long, value_enum, value_name = "EFFORT", default_value_t = Work::Short)]
+    effort: Work,
     /// Keep the packed models and intermediate results in this folder, and use those that are there
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -72,6 +75,11 @@ pub(crate) struct Arena<'a> {
 }
 
 impl Contest {
+    fn calibration_tokens(&self) -> usize {
+        let usual = Effort::from(self.effort).calibration_tokens();
+        self.calibration_tokens.unwrap_or(usual)
+    }
+
     /// Loads the source and makes the folder.
     pub(crate) fn open(&self, ui: &Ui) -> anyhow::Result<Arena<'_>> {
         self.threads.apply()?;
@@ -99,13 +107,14 @@ impl Arena<'_> {
     /// What every entry has in common, with the calibration text of a seed.
     pub(crate) fn options(&self, seed: u64, ui: &Ui) -> anyhow::Result<CompressOptions> {
         let c = self.contest;
-        Ok(CompressOptions {
+        let text = calibration(&c.calibration, &self.source, c.calibration_tokens(), seed, ui)?;
+        Ok(Effort::from(c.effort).apply(CompressOptions {
             budget: Budget::BitsPerWeight(c.bpw),
-            calibration: calibration(&c.calibration, &self.source, c.calibration_tokens, seed, ui)?,
+            calibration: text,
             seed,
             force: true,
             ..CompressOptions::default()
-        })
+        }))
     }
 
     /// Compresses every entry and measures all of them beside the source, whose row comes first.
@@ -143,10 +152,11 @@ impl Arena<'_> {
         let c = self.contest;
         let text = c.text.as_deref().map_or("the built-in book".into(), shown);
         format!(
-            "{} windows of {} tokens of {text}; calibrated on {} tokens of other text",
+            "{} windows of {} tokens of {text}; {:?} effort, calibrated on {} tokens of other text",
             c.chunks,
             c.ctx,
-            format::count(c.calibration_tokens as u64)
+            Effort::from(c.effort),
+            format::count(c.calibration_tokens() as u64)
         )
     }
 }

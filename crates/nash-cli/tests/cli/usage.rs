@@ -8,6 +8,8 @@ fn help() {
     for command in [
         "demo",
         "compress",
+        "compare",
+        "ablate",
         "eval",
         "glue",
         "run",

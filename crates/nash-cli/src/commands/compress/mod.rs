@@ -13,7 +13,7 @@ use nash_kernels::Width;
 use nash_models::ModelConfig;
 use nash_quant::{Allocation, Budget, Codebook, CompressOptions, Effort, Method, Sensitivity};
 
-use crate::args::{Json, Threads};
+use crate::args::{Json, Threads, Work};
 use crate::calibration::{Source, calibration};
 use crate::commands::plan::plan_table;
 use crate::model::Loaded;
@@ -114,33 +114,6 @@ enum Rounding {
     Rtn,
     /// Baseline: GPTQ with act-order on a uniform grid, one width everywhere
     Gptq,
-}
-
-/// Names of the efforts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Work {
-    /// Scalar codebooks, one width everywhere, few sweeps
-    Least,
-    /// Scalar codebooks, a market with few measurements, few sweeps
-    Quick,
-    /// Trellis codebooks, a market with few measurements
-    Short,
-    /// Everything that pays
-    Normal,
-    /// Also what pays little for its time: a swarm refines the market, norms and biases are tuned
-    Thorough,
-}
-
-impl From<Work> for Effort {
-    fn from(work: Work) -> Self {
-        match work {
-            Work::Least => Self::Least,
-            Work::Quick => Self::Quick,
-            Work::Short => Self::Short,
-            Work::Normal => Self::Normal,
-            Work::Thorough => Self::Thorough,
-        }
-    }
 }
 
 /// Names of the allocations.
