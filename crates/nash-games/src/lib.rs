@@ -8,6 +8,7 @@
 //! | [`rounding`] | weights choose codes, groups choose scales; best response to a Nash equilibrium |
 //! | [`leader`] | the leader–follower start (GPTQ / LDLQ order) |
 //! | [`market`] | tensors buy bits at a price that clears the byte budget |
+//! | [`routing`] | tokens choose experts: congestion, neighbours, prices, cached equilibria, their certificates |
 //! | [`certificate`] | regret of every player, computed without the solvers' code |
 //!
 //! Legend of shapes: weight `W [m, n]` row-major (m outputs, n inputs), Hessian `H [n, n]` symmetric,
@@ -21,6 +22,7 @@ pub mod grid;
 pub mod leader;
 pub mod market;
 pub mod rounding;
+pub mod routing;
 pub mod trellis;
 
 pub use certificate::{RoundingCertificate, certify_rounding};
