@@ -44,7 +44,11 @@ fn prices_balance_and_best_responses_settle() {
     }
     let (cached, frozen) = (row("prices, cached"), row("prices, cached and frozen"));
     for warm in [cached, frozen] {
-        assert_eq!((warm.cache_hits, warm.cache_misses), (Some(3), Some(0)), "{warm:?}");
+        assert_eq!(
+            (warm.cache_hits, warm.cache_misses),
+            (Some(3), Some(0)),
+            "{warm:?}"
+        );
     }
     assert!(frozen.max_violation.unwrap() < free.max_violation.unwrap() / 2.0);
     let (alone, flock) = (
@@ -76,7 +80,10 @@ fn batches_are_reproducible_and_differ() {
 
 #[test]
 fn nothing_to_measure_and_a_stop_are_errors() {
-    let none = RoutingOptions { repeats: 0, ..OPTIONS };
+    let none = RoutingOptions {
+        repeats: 0,
+        ..OPTIONS
+    };
     let found = routing_rows(SMALL, none, &mut || Ok(()));
     assert!(matches!(found, Err(EvalError::NothingToMeasure { .. })));
     let found = routing_rows(SMALL, OPTIONS, &mut || Err(EvalError::Cancelled));

@@ -106,3 +106,81 @@ fn transpose(scores: &[f32], prices: &[f32], values: &mut [f32], stride: usize) 
 pub(super) fn select<const K: usize>(arguments: Select<'_, K>) {
     pulp::Arch::new().dispatch(arguments);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scores `[n, E]` that are often equal.
+    fn scores(tokens: usize, experts: usize) -> Vec<f32> {
+        (0..tokens * experts)
+            .map(|i| (i * 7919 % 61) as f32 / 8.0 - 3.0)
+            .collect()
+    }
+
+    /// Choices, loads and margins by this instruction set.
+    fn by<S: Simd>(simd: S, tokens: usize, experts: usize) -> (Vec<u16>, Vec<u32>, Vec<f32>) {
+        const K: usize = 5;
+        let stride = tokens.next_multiple_of(MAX_LANES).max(MAX_LANES);
+        let prices: Vec<f32> = (0..experts).map(|e| (e % 3) as f32).collect();
+        let (mut choices, mut loads) = (vec![0; tokens * (K - 1)], vec![0; experts]);
+        let mut values = vec![0.0; experts * stride];
+        simd.vectorize(Select::<K> {
+            scores: &scores(tokens, experts),
+            prices: &prices,
+            choices: &mut choices,
+            loads: &mut loads,
+            values: &mut values,
+            stride,
+            top_k: K - 1,
+        });
+        let margins = values
+            .chunks(stride)
+            .flat_map(|column| &column[..tokens])
+            .copied()
+            .collect();
+        (choices, loads, margins)
+    }
+
+    struct Best(usize, usize);
+
+    impl WithSimd for Best {
+        type Output = (Vec<u16>, Vec<u32>, Vec<f32>);
+
+        fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+            by(simd, self.0, self.1)
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_chooses_the_same() {
+        for (tokens, experts) in [(0, 9), (1, 5), (3, 8), (8, 9), (15, 64), (16, 7), (37, 100)] {
+            let expected = by(pulp::Scalar::new(), tokens, experts);
+            assert_eq!(pulp::Arch::new().dispatch(Best(tokens, experts)), expected);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(avx2) = pulp::x86::V3::try_new() {
+                assert_eq!(
+                    by(avx2, tokens, experts),
+                    expected,
+                    "{tokens} tokens, {experts} experts"
+                );
+            }
+            // A margin is what the token would lose without the expert, or, negative, what it would lose with it.
+            let (choices, _, margins) = expected;
+            for (token, chosen) in choices.chunks(4).enumerate() {
+                let all = scores(tokens, experts);
+                let worth = |e: usize| all[token * experts + e] - (e % 3) as f32;
+                let mut sorted: Vec<f32> = (0..experts).map(worth).collect();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                for e in 0..experts {
+                    let instead = sorted[if chosen.contains(&(e as u16)) { 4 } else { 3 }];
+                    assert_eq!(
+                        margins[e * tokens + token],
+                        worth(e) - instead,
+                        "token {token} expert {e}"
+                    );
+                }
+            }
+        }
+    }
+}
