@@ -1,4 +1,4 @@
-//! Potential games for compression, with checked equilibria. Knows nothing of language models.
+//! Potential games for compression and expert routing, with checked equilibria. Knows nothing of language models.
 //!
 //! | module | the game or its part |
 //! | --- | --- |

@@ -405,6 +405,31 @@ proptest! {
     }
 }
 
+proptest! {
+    /// Weak duality: no balanced assignment, of all that there are, beats the choices by more than the certificate's slackness.
+    #[test]
+    fn slackness_bounds_every_balanced_assignment(seed in any::<u64>(), steps in 0usize..4) {
+        let (tokens, experts) = (6u32, 3u16);
+        let values = skewed(tokens as usize, usize::from(experts), seed, 0);
+        let scores = Scores::new(&values, usize::from(experts)).unwrap();
+        let total = |choices: &[u16]| -> f64 {
+            choices.iter().enumerate().map(|(t, &e)| f64::from(scores.row(t)[usize::from(e)])).sum()
+        };
+        let assignment = |number: u32| -> Vec<u16> { (0..tokens).map(|t| (number / 3u32.pow(t) % 3) as u16).collect() };
+        let balanced = |choices: &[u16]| (0..experts).all(|e| choices.iter().filter(|&&c| c == e).count() == 2);
+        let best = (0..3u32.pow(tokens)).map(assignment).filter(|c| balanced(c)).map(|c| total(&c)).fold(f64::MIN, f64::max);
+
+        let mut router = PriceRouter::new(usize::from(experts), 1).unwrap();
+        let (mut prices, mut choices) = (vec![0.0; usize::from(experts)], vec![0; tokens as usize]);
+        let options = Balance { max_steps: steps, tolerance: 0.0 };
+        router.balance(scores, &mut prices, &mut choices, options).unwrap();
+        let certificate = certify_prices(scores, &prices, &choices).unwrap();
+        let bound = total(&choices) + certificate.slackness * f64::from(tokens);
+        // Choices are made by differences in f32 of values below 10: each of 6 can be wrong by that rounding.
+        prop_assert!(bound >= best - 6.0 * 10.0 * f64::from(f32::EPSILON), "{bound} < {best}");
+    }
+}
+
 /// The bar: MaxVio ≤ 0.12 after one step on 2048 tokens and 64 experts, from a guess as well as from the prices of another batch.
 #[test]
 fn one_step_balances_a_batch() {
