@@ -103,6 +103,9 @@ pub enum EvalError {
         /// Repeats asked for.
         repeats: usize,
     },
+    /// A game refused its inputs.
+    #[error(transparent)]
+    Game(#[from] nash_games::GameError),
     /// The caller asked to stop.
     #[error("stopped")]
     Cancelled,

@@ -8,6 +8,7 @@
 //! - [`perplexity`], [`compare()`]: one pass over the windows, logits in row blocks, sums in `f64`.
 //! - [`glue`]: sentence tasks by log-likelihood; accuracy, F1, Matthews correlation, agreement.
 //! - [`speed()`], [`read_bandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
+//! - [`routing`]: cost, balance and regret of routing tokens to experts, on synthetic scores.
 //! - [`report`]: the serialisable results; their field names are stable, scripts rely on them.
 //!
 //! Shapes: T tokens of a window, d hidden width, V vocabulary; hidden states `[T, d]`, logits `[T, V]`, row-major.
@@ -19,6 +20,7 @@ pub mod glue;
 pub mod memory;
 mod model;
 pub mod report;
+pub mod routing;
 mod scorer;
 mod softmax;
 mod speed;

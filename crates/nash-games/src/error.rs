@@ -45,6 +45,65 @@ pub enum GameError {
         /// Index of the player.
         player: usize,
     },
+    /// Tokens cannot choose that many experts.
+    #[error("tokens cannot choose {top_k} of {experts} experts; 1 to 8 of at most 65535 are possible")]
+    TopK {
+        /// Experts a token chooses.
+        top_k: usize,
+        /// Experts there are.
+        experts: usize,
+    },
+    /// The experts together have less room than the tokens need.
+    #[error(
+        "{experts} experts with room for {capacity} of {tokens} tokens each cannot give every token {top_k}"
+    )]
+    Capacity {
+        /// Tokens of the batch.
+        tokens: usize,
+        /// Experts a token chooses.
+        top_k: usize,
+        /// Experts there are.
+        experts: usize,
+        /// Tokens one expert takes.
+        capacity: usize,
+    },
+    /// A token sees a neighbour that does not see it: such a game has no potential, and play may never end.
+    #[error("token {from} has token {to} as a neighbour but not the other way round")]
+    Directed {
+        /// The token that sees.
+        from: usize,
+        /// The token that is seen.
+        to: usize,
+    },
+    /// Neighbours that are not a graph over the tokens.
+    #[error("token {token} has neighbour {neighbour}: itself, twice, or beyond the {tokens} tokens")]
+    Neighbour {
+        /// Whose list.
+        token: usize,
+        /// The entry.
+        neighbour: usize,
+        /// Tokens there are.
+        tokens: usize,
+    },
+    /// Choices that are no strategy: an expert that does not exist, is chosen twice by a token, or has no room.
+    #[error("the choices of token {token} are not allowed: expert {expert} is unknown, repeated or full")]
+    Choice {
+        /// The token.
+        token: usize,
+        /// The expert.
+        expert: usize,
+    },
+}
+
+/// `Err` if a value is NaN or infinite.
+pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<(), GameError> {
+    // The exponent of a value that is not finite is all ones; a count vectorises, a search does not.
+    let strange = |v: &f32| v.to_bits() & 0x7f80_0000 == 0x7f80_0000;
+    if values.iter().map(|v| u32::from(strange(v))).fold(0, |a, b| a | b) == 0 {
+        return Ok(());
+    }
+    let index = values.iter().position(strange).unwrap_or_default();
+    Err(GameError::NotFinite { what, index })
 }
 
 /// `Err` if `found` is not `expected`.

@@ -1,4 +1,4 @@
-//! Potential games for compression, with checked equilibria. Knows nothing of language models.
+//! Potential games for compression and expert routing, with checked equilibria. Knows nothing of language models.
 //!
 //! | module | the game or its part |
 //! | --- | --- |
@@ -9,6 +9,7 @@
 //! | [`leader`] | the leader–follower start (GPTQ / LDLQ order) |
 //! | [`allocation`] | what the market is compared with, and what refines it: greedy, knapsack, pairwise, evolution, particle swarm |
 //! | [`market`] | tensors buy bits at a price that clears the byte budget |
+//! | [`routing`] | tokens choose experts: congestion, neighbours, prices, cached equilibria, their certificates |
 //! | [`certificate`] | regret of every player, computed without the solvers' code |
 //!
 //! Legend of shapes: weight `W [m, n]` row-major (m outputs, n inputs), Hessian `H [n, n]` symmetric,
@@ -23,6 +24,7 @@ pub mod grid;
 pub mod leader;
 pub mod market;
 pub mod rounding;
+pub mod routing;
 pub mod trellis;
 
 pub use certificate::{RoundingCertificate, certify_rounding};

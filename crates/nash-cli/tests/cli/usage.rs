@@ -25,6 +25,7 @@ fn help() {
     ] {
         insta::assert_snapshot!(format!("help_{command}"), stdout(&[command, "--help"]));
     }
+    insta::assert_snapshot!("help_bench_routing", stdout(&["bench", "routing", "--help"]));
 }
 
 #[test]
@@ -44,11 +45,45 @@ fn mistakes_in_the_command_line_exit_with_2() {
         ("no_output", &["compress", "x"]),
         ("no_shape", &["plan"]),
         ("unknown_task", &["glue", "x", "--data", "y", "--task", "qnli"]),
+        ("bench_without_model", &["bench"]),
         ("bad_preset", &["plan", "--preset", "gpt9"]),
     ] {
         let told = failure(args);
         assert!(told.starts_with("status 2\n"), "{told}");
         insta::assert_snapshot!(format!("usage_{name}"), told);
+    }
+}
+
+#[test]
+fn routing_has_its_fields() {
+    let report = json(&[
+        "bench",
+        "routing",
+        "--shape",
+        "plan",
+        "--batches",
+        "2",
+        "-r",
+        "1",
+        "-t",
+        "1",
+    ]);
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        assert_eq!(
+            (row["experts"].as_u64(), row["top_k"].as_u64()),
+            (Some(8), Some(2))
+        );
+        assert!(row["nanoseconds_per_token"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    for method in ["prices, cold", "prices, cached", "best response, 7 neighbours"] {
+        let row = rows.iter().find(|row| row["method"] == method).unwrap();
+        assert_eq!(row["unconverged"].as_u64(), Some(0), "{row}");
+        assert!(
+            row["max_violation"].is_f64() && row["max_regret"].as_f64().unwrap() < 1e-9,
+            "{row}"
+        );
     }
 }
 

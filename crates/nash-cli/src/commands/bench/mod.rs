@@ -1,9 +1,11 @@
-//! `bench`: tokens per second.
+//! `bench`: tokens per second; `bench routing`: the cost of choosing experts.
+
+mod routing;
 
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
-use clap::{Args, value_parser};
+use clap::{Args, Subcommand, value_parser};
 use nash_eval::report::{Report, Row};
 use nash_eval::{EvalError, ModelScorer, SpeedOptions, SpeedReport, memory, read_bandwidth, speed};
 
@@ -19,10 +21,18 @@ use crate::{format, interrupt, model};
 /// Medians over the repeats; a warm-up comes first and is not counted. The share of bandwidth is the weight bytes read
 /// per second of decode over what plain reads reach in the same run. Measure on a quiet machine.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    disable_help_subcommand = true,
+    after_help = "Examples:
   nashswarm bench small
-  nashswarm bench small -p 512 -n 128 -t 1,2,4 -r 5 --json speed.json")]
+  nashswarm bench small -p 512 -n 128 -t 1,2,4 -r 5 --json speed.json
+  nashswarm bench routing"
+)]
 pub(crate) struct Bench {
+    #[command(subcommand)]
+    other: Option<Other>,
     #[command(flatten)]
     model: ModelArg,
     /// Prompt tokens; 0 leaves prefill out
@@ -41,8 +51,17 @@ pub(crate) struct Bench {
     json: Json,
 }
 
+/// What else than a model can be measured.
+#[derive(Debug, Subcommand)]
+enum Other {
+    Routing(routing::Routing),
+}
+
 impl Bench {
-    pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
+    pub(crate) fn run(mut self, ui: &Ui) -> anyhow::Result<()> {
+        if let Some(Other::Routing(routing)) = self.other.take() {
+            return routing.run(ui);
+        }
         let threads = if self.threads.is_empty() {
             vec![0]
         } else {
@@ -108,6 +127,8 @@ impl Bench {
             interrupt::check()?;
             let output = Command::new(&program)
                 .arg("bench")
+                // As an option: a model may be called `routing`.
+                .arg("-m")
                 .arg(self.model.path())
                 .args(["--json", "-", "-t", &count.to_string()])
                 .args(["-p", &self.n_prompt.to_string(), "-n", &self.n_gen.to_string()])
@@ -178,4 +199,56 @@ fn share(speed: &SpeedReport) -> String {
         .bandwidth_share
         .map(|share| format!("{:.0} %", 100.0 * share))
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn parse(line: &[&str]) -> Option<Bench> {
+        let line = ["nashswarm", "bench"].iter().chain(line);
+        match Cli::try_parse_from(line).ok()?.command {
+            Command::Bench(bench) => Some(bench),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_model_is_measured_unless_routing_is_named() {
+        for line in [
+            &["m.gguf"][..],
+            &["-m", "m.gguf"],
+            &["m.gguf", "-p", "16", "-t", "1,2"],
+        ] {
+            let bench = parse(line).unwrap();
+            assert!(
+                bench.other.is_none() && bench.model.path() == Path::new("m.gguf"),
+                "{line:?}"
+            );
+        }
+        assert_eq!(
+            parse(&["./routing"]).unwrap().model.path(),
+            Path::new("./routing")
+        );
+        for line in [
+            &["routing"][..],
+            &["routing", "--shape", "plan,e64", "-r", "3", "-t", "1"],
+        ] {
+            assert!(parse(line).unwrap().other.is_some(), "{line:?}");
+        }
+        for wrong in [
+            &[][..],
+            &["m.gguf", "routing"],
+            &["routing", "m.gguf"],
+            &["routing", "-p", "16"],
+            &["routing", "-r", "0"],
+        ] {
+            assert!(parse(wrong).is_none(), "{wrong:?}");
+        }
+    }
 }
