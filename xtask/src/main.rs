@@ -1,5 +1,6 @@
 //! Development commands, run as `cargo xtask COMMAND`; nothing here ships.
 
+mod bench_peers;
 mod get_models;
 mod offgrid;
 mod synthetic;
@@ -41,6 +42,8 @@ enum Command {
         #[command(flatten)]
         noise: offgrid::Noise,
     },
+    /// Measure our engine and llama.cpp's in turns, and print the ratios
+    BenchPeers(bench_peers::BenchPeers),
     /// Make a random model of a published shape, to measure time, memory and speed at sizes that no package has
     Synthetic {
         /// The shape
@@ -61,6 +64,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::GetModels { dir, models } => get_models::run(&dir, &models),
         Command::Offgrid { input, output, noise } => offgrid::run(&input, &output, noise),
+        Command::BenchPeers(args) => bench_peers::run(&args),
         Command::Synthetic {
             shape,
             dir,
