@@ -14,7 +14,7 @@ use crate::session::Session;
 use crate::tensor::{Rounding, draft};
 
 /// Rows per tensor on which layer errors at all widths are computed.
-const CURVE_ROWS: usize = 48;
+const CURVE_ROWS: usize = 32;
 /// Where rows differ in weight, at least one in this many: of a vocabulary, few rows carry most of it.
 const WEIGHTED_SHARE: usize = 64;
 /// Linears of one layer that are measured together: so many of them exist in float at a time.

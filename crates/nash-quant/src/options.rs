@@ -127,8 +127,9 @@ impl Effort {
         match self {
             Self::Least => 2048,
             Self::Quick => 3072,
-            Self::Short => 8192,
-            Self::Normal | Self::Thorough => 16384,
+            Self::Short => 4096,
+            Self::Normal => 8192,
+            Self::Thorough => 16384,
         }
     }
 

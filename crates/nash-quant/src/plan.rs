@@ -161,7 +161,7 @@ const SCALAR: [f64; 2] = [6e3, 1e3];
 /// Sweeps from a draft to equilibrium.
 const SWEEPS: f64 = 14.0;
 /// Rows on which losses at all widths are computed.
-const SAMPLE_ROWS: f64 = 48.0;
+const SAMPLE_ROWS: f64 = 32.0;
 
 impl Cost {
     fn of(config: &ModelConfig, inventory: &Inventory, options: &CompressOptions, tokens: usize) -> Self {

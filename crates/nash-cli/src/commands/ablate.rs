@@ -28,6 +28,9 @@ use crate::ui::Ui;
 ///   no-cache        nothing found before is used again: no warm starts from drafts, no shared drafts (time only)
 ///   no-quantization the source itself: 16 bits per weight in memory
 ///   baseline        round to nearest on a uniform grid, one width
+///
+/// For the routing of experts `nashswarm bench routing` has the same switches as rows: plain top-k (no Nash), the game
+/// without and with neighbours (swarm), cold and warm prices (cache).
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 #[command(after_help = "Examples:

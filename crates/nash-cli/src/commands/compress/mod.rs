@@ -55,7 +55,7 @@ pub(crate) struct Compress {
     /// Text to calibrate on: a file, `book` (comes with the program) or `self` (the model writes it)
     #[arg(long, value_name = "FILE|book|self", default_value = "book", value_parser = value_parser!(Source))]
     calibration: Source,
-    /// Tokens to calibrate on [default: 16384 with normal effort]
+    /// Tokens to calibrate on [default: 8192 with normal effort]
     #[arg(long, value_name = "N")]
     calibration_tokens: Option<usize>,
     /// How much work to do
