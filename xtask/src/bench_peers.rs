@@ -182,7 +182,7 @@ fn ratios(a: &[f64], b: &[f64]) -> [f64; 3] {
     ratios.sort_by(f64::total_cmp);
     let at = |i: usize| ratios.get(i).copied().unwrap_or(f64::NAN);
     let middle = ratios.len() / 2;
-    let median = if ratios.len() % 2 == 0 {
+    let median = if ratios.len().is_multiple_of(2) {
         0.5 * (at(middle.wrapping_sub(1)) + at(middle))
     } else {
         at(middle)

@@ -5,6 +5,7 @@
 //! strength of all pairs of those kinds.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use nash_games::allocation::Coupling;
@@ -67,11 +68,11 @@ impl Session<'_> {
         for &pair in &pairs {
             self.check_cancelled()?;
             for t in pair {
-                if !alone.contains_key(&t) {
+                if let Entry::Vacant(slot) = alone.entry(t) {
                     let changed = self.reference_linear(t)?;
                     let change = vec![(self.linears[t].name.clone(), Arc::clone(&changed))];
                     let kl = probe.kl_of_all(&mut self.model, self.linears[t].layer, change)?;
-                    alone.insert(t, (changed, kl));
+                    slot.insert((changed, kl));
                 }
             }
             let change = pair.map(|t| (self.linears[t].name.clone(), Arc::clone(&alone[&t].0)));
