@@ -48,12 +48,12 @@ pub use cache::KvCache;
 pub use config::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
     NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, Scoring,
-    SharedExpert,
+    SharedExpert, VocabParts,
 };
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateOptions, Generator, PREFILL_CHUNK, Progress};
 pub use linear::{DenseLinear, FloatLinear, Input, Linear, PackedLinear};
-pub use manifest::{LinearInfo, Site};
+pub use manifest::{LinearInfo, Site, matrix_name};
 pub use model::Model;
 pub use sampler::{Sampler, SamplingParams, argmax};
 pub use stop::{StopMatch, StopMatcher};

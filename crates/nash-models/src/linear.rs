@@ -4,6 +4,7 @@
 //! threads: work is cut into fixed pieces, and every output is summed in one piece.
 
 use std::cell::{Cell, OnceCell};
+use std::sync::Arc;
 
 use nash_core::{DType, PackedTensor, Tensor};
 use nash_kernels::dense::{self, MatMut, MatRef};
@@ -122,6 +123,8 @@ pub struct FloatLinear {
     /// The matrix is rows `first..first + rows` of the tensor (a slice of fused projections or stacked experts).
     first: usize,
     rows: usize,
+    /// The matrix is these columns of those rows; `None` for all.
+    columns: Option<Arc<[u32]>>,
 }
 
 /// Floats that one task decodes, in whole rows.
@@ -144,6 +147,7 @@ impl FloatLinear {
             tensor,
             first: 0,
             rows,
+            columns: None,
         }
     }
 
@@ -155,7 +159,22 @@ impl FloatLinear {
         // Decoding nothing checks the range.
         let end = first.saturating_add(rows);
         tensor.dequantize_rows(end..end, &mut [])?;
-        Ok(Self { tensor, first, rows })
+        Ok(Self {
+            tensor,
+            first,
+            rows,
+            columns: None,
+        })
+    }
+
+    /// These columns of the matrix alone, each below its number of columns.
+    #[must_use]
+    pub(crate) fn with_columns(self, columns: Arc<[u32]>) -> Self {
+        debug_assert!(columns.iter().all(|&c| (c as usize) < self.tensor.cols()));
+        Self {
+            columns: Some(columns),
+            ..self
+        }
     }
 
     /// Element type in the file.
@@ -165,6 +184,19 @@ impl FloatLinear {
     }
 
     fn decode(&self, row: usize, out: &mut [f32]) {
+        let Some(columns) = &self.columns else {
+            return self.decode_whole(row, out);
+        };
+        let mut whole = vec![0.0; self.tensor.cols()];
+        for (r, out) in out.chunks_exact_mut(columns.len()).enumerate() {
+            self.decode_whole(row + r, &mut whole);
+            for (out, &column) in out.iter_mut().zip(&columns[..]) {
+                *out = whole[column as usize];
+            }
+        }
+    }
+
+    fn decode_whole(&self, row: usize, out: &mut [f32]) {
         let rows = out.len() / self.tensor.cols();
         let start = self.first + row;
         let result = self.tensor.dequantize_rows(start..start + rows, out);
@@ -181,7 +213,9 @@ impl Linear for FloatLinear {
     }
 
     fn cols(&self) -> usize {
-        self.tensor.cols()
+        self.columns
+            .as_ref()
+            .map_or(self.tensor.cols(), |columns| columns.len())
     }
 
     fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
@@ -218,7 +252,8 @@ impl Linear for FloatLinear {
     }
 
     fn resident_bytes(&self) -> usize {
-        self.tensor.data.len() / self.tensor.rows().max(1) * self.rows
+        let rows = self.tensor.data.len() / self.tensor.rows().max(1) * self.rows;
+        rows / self.tensor.cols().max(1) * self.cols()
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use nash_core::{ModelFile, Region, Tensor};
 
-use crate::config::{Family, ModelConfig, NormPlacement, QkNorm, gguf_family};
+use crate::config::{Family, ModelConfig, NormPlacement, QkNorm, VocabParts, gguf_family};
 use crate::error::{ModelError, Result};
 use crate::feed::{Experts, Feed, Mlp};
 use crate::layer::Layer;
@@ -17,8 +17,8 @@ use crate::norm::Norm;
 use crate::weights::{Projection, Weights};
 
 /// Reads configuration and weights. Weights stay in the mapped file; norms, biases and position tables become floats.
-/// `cut` tells the ranges of rows of the vocabulary's matrices, if the file does not.
-pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(usize) -> Vec<usize>) -> Result<Model> {
+/// `cut` tells the parts of the vocabulary's matrices, if the file does not.
+pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(&ModelConfig) -> VocabParts) -> Result<Model> {
     let (mut config, family) = match file {
         ModelFile::Gguf(gguf) => (
             ModelConfig::from_gguf(gguf)?,
@@ -37,7 +37,7 @@ pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(usize) -> Vec<usize>) -> R
         }
     };
     if !matches!(file, ModelFile::Packed(_)) {
-        config.vocab_ranges = cut(config.vocab_size);
+        config.vocab_parts = cut(&config);
         config.validate()?;
     }
     let loader = Loader {
@@ -198,9 +198,19 @@ impl Loader<'_> {
         }
         match part {
             Part::Expert => self.check_shape(&tensor, &[all / rows, rows, cols])?,
-            _ => self.check_shape(&tensor, &[all, cols])?,
+            _ => self.check_shape(
+                &tensor,
+                &[
+                    all,
+                    spec.columns.as_ref().map_or(cols, |_| self.config.hidden_size),
+                ],
+            )?,
         }
-        Ok(Arc::new(FloatLinear::from_rows(tensor, first, rows)?))
+        let linear = FloatLinear::from_rows(tensor, first, rows)?;
+        Ok(Arc::new(match &spec.columns {
+            Some(columns) => linear.with_columns(Arc::clone(columns)),
+            None => linear,
+        }))
     }
 
     fn vector(&self, spec: &FloatSpec) -> Result<Arc<[f32]>> {

@@ -1,6 +1,8 @@
 //! Which tensors a configuration calls for: names, shapes, places. No file is needed, so a planner can ask for
 //! the sizes of a model that is not here.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ModelConfig, NormKind, NormPlacement, Positions, QkNorm};
@@ -58,6 +60,8 @@ pub(crate) struct LinearSpec {
     pub(crate) bias: bool,
     /// Where the linear is a range of the tensor's rows: the first of them, and how many the tensor has.
     pub(crate) range: Option<(usize, usize)>,
+    /// Its columns of the tensor's, if not all.
+    pub(crate) columns: Option<Arc<[u32]>>,
 }
 
 /// A small float tensor: norm, position table, router correction.
@@ -87,6 +91,17 @@ impl ModelConfig {
             .collect()
     }
 
+    /// The columns of its matrix that a part of the vocabulary has; `None` for a linear that has all.
+    #[must_use]
+    pub fn columns(&self, linear: &str) -> Option<Arc<[u32]>> {
+        let manifest = Manifest::new(self);
+        let found = manifest
+            .linears
+            .into_iter()
+            .find(|spec| spec.info.name == linear)?;
+        found.columns
+    }
+
     /// The other tensors (norms, biases, position tables): canonical name and shape.
     #[must_use]
     pub fn float_tensors(&self) -> Vec<(String, Vec<usize>)> {
@@ -101,9 +116,31 @@ impl ModelConfig {
     }
 }
 
-/// Name of a range of the rows of a matrix.
-pub(crate) fn range_name(matrix: &str, range: usize) -> String {
-    format!("{matrix}.{range}")
+/// What the name of a part has between that of its matrix and the number of its range.
+const OUTLIERS: &str = ".outliers";
+
+/// Name of a range of the rows of a matrix, of its outlier columns or of the others.
+pub(crate) fn part_name(matrix: &str, outliers: bool, range: usize) -> String {
+    format!("{matrix}{}.{range}", if outliers { OUTLIERS } else { "" })
+}
+
+impl LinearInfo {
+    /// Name of the matrix that this linear is a part of ([`VocabParts`](crate::VocabParts)), or its own name.
+    #[must_use]
+    pub fn matrix(&self) -> &str {
+        matrix_name(&self.name)
+    }
+}
+
+/// Name of the matrix that a linear of this name is a part of, or the name.
+#[must_use]
+pub fn matrix_name(linear: &str) -> &str {
+    match linear.rsplit_once('.') {
+        Some((matrix, range)) if range.bytes().all(|b| b.is_ascii_digit()) => {
+            matrix.strip_suffix(OUTLIERS).unwrap_or(matrix)
+        }
+        _ => linear,
+    }
 }
 
 impl Manifest {
@@ -141,18 +178,30 @@ impl Manifest {
     fn vocabulary(&mut self, config: &ModelConfig, template: &'static str, site: Site) {
         let (rows, d) = (config.vocab_size, config.hidden_size);
         self.linear((template, 0), None, site, [rows, d], false);
-        if config.vocab_ranges.is_empty() {
+        if config.vocab_parts.is_whole() {
             return;
         }
         let Some(whole) = self.linears.pop() else { return };
-        let mut first = 0;
-        for (i, &count) in config.vocab_ranges.iter().enumerate() {
-            let mut part = whole.clone();
-            part.info.name = range_name(&whole.info.name, i);
-            part.info.rows = count;
-            part.range = Some((first, rows));
-            first += count;
-            self.linears.push(part);
+        for columns in config.vocab_parts.segments(d) {
+            let outliers = columns
+                .as_ref()
+                .is_some_and(|c| c[..] == config.vocab_parts.outliers[..]);
+            let all = [rows];
+            let ranges = &config.vocab_parts.ranges;
+            let mut first = 0;
+            for (i, &count) in if ranges.is_empty() { &all[..] } else { ranges }
+                .iter()
+                .enumerate()
+            {
+                let mut part = whole.clone();
+                part.info.name = part_name(&whole.info.name, outliers, i);
+                part.info.rows = count;
+                part.info.cols = columns.as_ref().map_or(d, |c| c.len());
+                part.range = Some((first, rows));
+                part.columns.clone_from(&columns);
+                first += count;
+                self.linears.push(part);
+            }
         }
     }
 
@@ -318,6 +367,7 @@ impl Manifest {
             info,
             bias,
             range: None,
+            columns: None,
         });
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use nash_core::ModelFile;
 
 use crate::cache::KvCache;
-use crate::config::{ModelConfig, Positions};
+use crate::config::{ModelConfig, Positions, VocabParts};
 use crate::error::{ModelError, Result};
 use crate::feed::Context;
 use crate::layer::{Call, Layer, RopeTables};
@@ -51,15 +51,15 @@ impl Model {
     /// # Errors
     /// Unknown or unsupported architectures, missing tensors, wrong shapes.
     pub fn load(file: &ModelFile) -> Result<Self> {
-        loader::load(file, |_| Vec::new())
+        loader::load(file, |_| VocabParts::default())
     }
 
-    /// Like [`Self::load`], with embedding and output matrix cut into ranges of rows, each a linear of its own: `cut` tells the rows of
-    /// each range for a vocabulary of that size, none for matrices that stay whole. Packed models keep the ranges they have.
+    /// Like [`Self::load`], with embedding and output matrix in parts, each a linear of its own: `cut` tells which. Packed models keep the parts they
+    /// have.
     ///
     /// # Errors
-    /// As [`Self::load`]; also if the ranges do not add up to the vocabulary.
-    pub fn load_in_ranges(file: &ModelFile, cut: impl FnOnce(usize) -> Vec<usize>) -> Result<Self> {
+    /// As [`Self::load`]; also if the parts do not fit the matrices.
+    pub fn load_in_parts(file: &ModelFile, cut: impl FnOnce(&ModelConfig) -> VocabParts) -> Result<Self> {
         loader::load(file, cut)
     }
 
@@ -80,12 +80,11 @@ impl Model {
             ],
             Positions::Learned { .. } => [None, None],
         };
-        let ranges = config.vocab_ranges.len();
-        let embedding = Vocabulary::find(&weights, "model.embed_tokens", ranges);
+        let embedding = Vocabulary::find(&weights, &config, "model.embed_tokens");
         let embedding = embedding.ok_or_else(|| ModelError::NoSuchLinear {
             name: "model.embed_tokens".into(),
         })?;
-        let head = Vocabulary::find(&weights, "lm_head", ranges);
+        let head = Vocabulary::find(&weights, &config, "lm_head");
         Ok(Self {
             config,
             weights,

@@ -1,14 +1,25 @@
-//! A matrix with a row per token, `[V, d]`: the embedding or the output matrix, whole or in ranges of rows
-//! ([`ModelConfig::vocab_ranges`](crate::ModelConfig::vocab_ranges)). Vocabularies are ordered by merges, so early rows belong to
-//! frequent tokens; a range of its own lets them be stored more exactly than rare ones.
+//! A matrix with a row per token, `[V, d]`: the embedding or the output matrix, whole or in parts
+//! ([`VocabParts`](crate::VocabParts)): segments of columns, and in each the same ranges of rows.
+
+use std::borrow::Cow;
+use std::sync::Arc;
 
 use crate::backward::GradientTap;
+use crate::config::ModelConfig;
 use crate::linear::Input;
-use crate::manifest::range_name;
+use crate::manifest::part_name;
+use crate::scratch::sized;
 use crate::weights::Weights;
 
-/// The ranges of one matrix, in order of the rows.
+/// The segments of one matrix; together they have every column once.
 pub(crate) struct Vocabulary {
+    segments: Vec<Segment>,
+}
+
+struct Segment {
+    /// Columns of the matrix; `None` for all.
+    columns: Option<Arc<[u32]>>,
+    /// In order of the rows.
     ranges: Vec<Range>,
 }
 
@@ -18,49 +29,83 @@ struct Range {
 }
 
 impl Vocabulary {
-    /// The matrix of this name, cut into `ranges` ranges or, if 0, whole; `None` if there is none.
-    pub(crate) fn find(weights: &Weights, name: &str, ranges: usize) -> Option<Self> {
-        let slots = if ranges == 0 {
-            vec![weights.slot(name)?]
-        } else {
-            (0..ranges)
-                .map(|i| weights.slot(&range_name(name, i)))
-                .collect::<Option<_>>()?
+    /// The matrix of this name; `None` if there is none.
+    pub(crate) fn find(weights: &Weights, config: &ModelConfig, name: &str) -> Option<Self> {
+        let parts = &config.vocab_parts;
+        if parts.is_whole() {
+            let slot = weights.slot(name)?;
+            let ranges = vec![Range { slot, first: 0 }];
+            let columns = None;
+            return Some(Self {
+                segments: vec![Segment { columns, ranges }],
+            });
+        }
+        let segment = |columns: Option<Arc<[u32]>>| {
+            let outliers = columns.as_ref().is_some_and(|c| c[..] == parts.outliers[..]);
+            let mut next = 0;
+            let ranges = (0..parts.ranges.len().max(1)).map(|i| {
+                let slot = weights.slot(&part_name(name, outliers, i))?;
+                let first = next;
+                next += weights.info(slot).rows;
+                Some(Range { slot, first })
+            });
+            Some(Segment {
+                ranges: ranges.collect::<Option<_>>()?,
+                columns,
+            })
         };
-        let mut next = 0;
-        let ranges = slots.into_iter().map(|slot| {
-            let first = next;
-            next += weights.info(slot).rows;
-            Range { slot, first }
-        });
+        let segments = parts.segments(config.hidden_size).into_iter().map(segment);
         Some(Self {
-            ranges: ranges.collect(),
+            segments: segments.collect::<Option<_>>()?,
         })
     }
 
     /// Decodes the row of a token, which must be in the vocabulary.
     pub(crate) fn row(&self, weights: &Weights, token: usize, out: &mut [f32]) {
-        let range = self.ranges.partition_point(|range| range.first <= token) - 1;
-        let Range { slot, first } = self.ranges[range];
-        weights.linear(slot).row(token - first, out);
+        for Segment { columns, ranges } in &self.segments {
+            let range = ranges.partition_point(|range| range.first <= token) - 1;
+            let Range { slot, first } = ranges[range];
+            let linear = weights.linear(slot);
+            let Some(columns) = columns else {
+                linear.row(token - first, out);
+                continue;
+            };
+            let mut part = vec![0.0; columns.len()];
+            linear.row(token - first, &mut part);
+            for (&column, value) in columns.iter().zip(part) {
+                out[column as usize] = value;
+            }
+        }
     }
 
     /// `y = x·Wᵀ`, `y [T, V]`.
     pub(crate) fn forward(&self, weights: &Weights, input: &Input<'_>, y: &mut [f32]) {
         let vocab = y.len() / input.tokens().max(1);
         let mut part = Vec::new();
-        for &Range { slot, first } in &self.ranges {
-            let linear = weights.linear(slot);
-            let rows = linear.rows();
-            // The outputs of a range lie together for a single token, or if the range is everything.
-            if input.tokens() == 1 || rows == vocab {
-                linear.forward(input, &mut y[first..][..input.tokens() * rows]);
-                continue;
-            }
-            part.resize(input.tokens() * rows, 0.0);
-            linear.forward(input, &mut part);
-            for (y, part) in y.chunks_exact_mut(vocab).zip(part.chunks_exact(rows)) {
-                y[first..][..rows].copy_from_slice(part);
+        for (s, segment) in self.segments.iter().enumerate() {
+            let x = segment.gather(input.x(), input.cols());
+            let own = match &segment.columns {
+                Some(columns) => &Input::new(&x, columns.len()),
+                None => input,
+            };
+            for &Range { slot, first } in &segment.ranges {
+                let linear = weights.linear(slot);
+                let rows = linear.rows();
+                // The outputs of a range lie together for a single token, or if the range is everything.
+                if s == 0 && (input.tokens() == 1 || rows == vocab) {
+                    linear.forward(own, &mut y[first..][..input.tokens() * rows]);
+                    continue;
+                }
+                let part = sized(&mut part, input.tokens() * rows);
+                linear.forward(own, part);
+                for (y, part) in y.chunks_exact_mut(vocab).zip(part.chunks_exact(rows)) {
+                    let y = &mut y[first..][..rows];
+                    if s == 0 {
+                        y.copy_from_slice(part);
+                    } else {
+                        y.iter_mut().zip(part).for_each(|(y, part)| *y += part);
+                    }
+                }
             }
         }
     }
@@ -69,22 +114,52 @@ impl Vocabulary {
     pub(crate) fn backward(
         &self,
         weights: &Weights,
-        x: &[f32],
+        (x, d): (&[f32], usize),
         g: &[f32],
         gx: &mut [f32],
         tap: &mut dyn GradientTap,
     ) {
-        for &Range { slot, first } in &self.ranges {
-            let (info, linear) = (weights.info(slot), weights.linear(slot));
-            let tokens = x.len() / info.cols;
-            let vocab = g.len() / tokens.max(1);
-            let part: Vec<f32> = g
-                .chunks_exact(vocab.max(1))
-                .flat_map(|row| &row[first..][..info.rows])
-                .copied()
-                .collect();
-            tap.linear(&info.name, x, &part, tokens);
-            linear.backward(&part, tokens, gx);
+        let tokens = x.len() / d;
+        let vocab = (g.len() / tokens.max(1)).max(1);
+        for segment in &self.segments {
+            let own = segment.gather(x, d);
+            let mut own_gx = vec![0.0; own.len()];
+            for &Range { slot, first } in &segment.ranges {
+                let (info, linear) = (weights.info(slot), weights.linear(slot));
+                let part: Vec<f32> = g
+                    .chunks_exact(vocab)
+                    .flat_map(|row| &row[first..][..info.rows])
+                    .copied()
+                    .collect();
+                tap.linear(&info.name, &own, &part, tokens);
+                linear.backward(&part, tokens, &mut own_gx);
+            }
+            segment.scatter_add(&own_gx, gx, d);
+        }
+    }
+}
+
+impl Segment {
+    /// The columns of the segment, `[T, c]`, of `x [T, d]`.
+    fn gather<'x>(&self, x: &'x [f32], d: usize) -> Cow<'x, [f32]> {
+        let Some(columns) = &self.columns else {
+            return x.into();
+        };
+        let rows = x.chunks_exact(d);
+        rows.flat_map(|row| columns.iter().map(|&c| row[c as usize]))
+            .collect()
+    }
+
+    /// Adds `part [T, c]` to the columns of the segment in `x [T, d]`.
+    fn scatter_add(&self, part: &[f32], x: &mut [f32], d: usize) {
+        let Some(columns) = &self.columns else {
+            x.iter_mut().zip(part).for_each(|(x, part)| *x += part);
+            return;
+        };
+        for (x, part) in x.chunks_exact_mut(d).zip(part.chunks_exact(columns.len())) {
+            for (&column, part) in columns.iter().zip(part) {
+                x[column as usize] += part;
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use nash_core::gguf_write::GgufWriter;
 use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
 use nash_core::{DType, Gguf, ModelFile, gguf};
 use nash_kernels::{PackedMatrix, PackedShape, Unpacked, Width, dequantize_row, pack};
-use nash_models::{DenseLinear, KvCache, Model, ModelConfig, ModelError};
+use nash_models::{DenseLinear, KvCache, Model, ModelConfig, ModelError, VocabParts};
 use serde_json::{Value, json};
 
 fn golden(name: &str) -> PathBuf {
@@ -433,14 +433,18 @@ fn a_packed_configuration_that_lies_is_refused() {
 }
 
 #[test]
-fn a_vocabulary_in_ranges_computes_what_a_whole_one_does() {
+fn a_vocabulary_in_parts_computes_what_a_whole_one_does() {
     for name in ["llama", "gpt2", "gemma3"] {
         let file = ModelFile::open(golden(name)).unwrap();
         let whole = Model::load(&file).unwrap();
         let vocab = whole.config().vocab_size;
-        let ranged = Model::load_in_ranges(&file, |vocab| vec![5, 8, vocab - 13]).unwrap();
+        let ranged = Model::load_in_parts(&file, |config| VocabParts {
+            ranges: vec![5, 8, config.vocab_size - 13],
+            outliers: vec![1, 2, 17],
+        })
+        .unwrap();
         let ranges = |model: &Model| model.linears().iter().filter(|l| l.layer.is_none()).count();
-        assert_eq!(ranges(&ranged), 3 * ranges(&whole));
+        assert_eq!(ranges(&ranged), 6 * ranges(&whole));
         let tokens: Vec<u32> = [0, 4, 5, 12, 13, vocab - 1].map(|id| id as u32).into();
         let (a, b) = (logits(&whole, &tokens), logits(&ranged, &tokens));
         // The same sums over d products in another order of tiles: far below the size of a logit.
@@ -463,7 +467,11 @@ fn a_vocabulary_in_ranges_computes_what_a_whole_one_does() {
                 .all(|(a, b)| (a - b).abs() <= 1e-4 * (1.0 + a.abs())),
             "{name}"
         );
-        let error = Model::load_in_ranges(&file, |vocab| vec![5, vocab]).unwrap_err();
-        assert!(error.to_string().contains("vocab_ranges"), "{error}");
+        let error = Model::load_in_parts(&file, |config| VocabParts {
+            ranges: vec![5, config.vocab_size],
+            outliers: Vec::new(),
+        })
+        .unwrap_err();
+        assert!(error.to_string().contains("vocab_parts"), "{error}");
     }
 }

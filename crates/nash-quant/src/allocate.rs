@@ -1,8 +1,8 @@
 //! Widths for every linear under a budget that counts every byte of the file.
 
 use nash_games::{MarketOutcome, Player};
-use nash_kernels::{PackedShape, TILE_ROWS, Width};
-use nash_models::{LinearInfo, ModelConfig, Site};
+use nash_kernels::{GROUP, PackedShape, TILE_ROWS, Width};
+use nash_models::{LinearInfo, ModelConfig, Site, matrix_name};
 
 use crate::QuantError;
 
@@ -109,6 +109,23 @@ impl Inventory {
     }
 }
 
+/// Columns of embedding and output matrix that are stored apart.
+const OUTLIERS: usize = GROUP;
+
+/// The columns with the largest mean squares in front of the output matrix, given the diagonal of its Hessian; none for models so narrow that they would be
+/// most of it, and for those whose vocabulary stays whole.
+pub(crate) fn outliers(diagonal: &[f32], vocab: usize) -> Vec<u32> {
+    if diagonal.len() < 4 * OUTLIERS || vocab_ranges(vocab).is_empty() {
+        return Vec::new();
+    }
+    let mut columns: Vec<u32> = (0..diagonal.len() as u32).collect();
+    let energy = |c: u32| diagonal[c as usize];
+    columns.sort_by(|&a, &b| energy(b).total_cmp(&energy(a)).then(a.cmp(&b)));
+    columns.truncate(OUTLIERS);
+    columns.sort_unstable();
+    columns
+}
+
 /// Rows of the ranges that embedding and output matrix are cut into, each a player of the market: twice a 32nd, a 16th and seven times
 /// an eighth of the vocabulary, in whole tiles. Rows are in order of merges, so frequent tokens come first. Small vocabularies stay whole.
 pub(crate) fn vocab_ranges(vocab: usize) -> Vec<usize> {
@@ -121,14 +138,6 @@ pub(crate) fn vocab_ranges(vocab: usize) -> Vec<usize> {
     let last = SHARES.len() - 1;
     ranges[last] = vocab - ranges[..last].iter().sum::<usize>();
     ranges.to_vec()
-}
-
-/// Name of the matrix that a linear is a range of, or its own name.
-pub(crate) fn matrix_name(linear: &str) -> &str {
-    match linear.rsplit_once('.') {
-        Some((matrix, range)) if range.bytes().all(|b| b.is_ascii_digit()) => matrix,
-        _ => linear,
-    }
 }
 
 /// Loss of every linear at every width, from one measurement and the layer errors.
@@ -341,12 +350,7 @@ mod tests {
             assert!(ranges.iter().all(|&rows| rows > 0), "{ranges:?}");
         }
         assert!(vocab_ranges(300).is_empty());
-        assert_eq!(matrix_name("lm_head.3"), "lm_head");
-        assert_eq!(
-            matrix_name("model.layers.3.mlp.up_proj"),
-            "model.layers.3.mlp.up_proj"
-        );
-        let ranges = ["lm_head.0", "lm_head.1"].map(|name| LinearShape {
+        let ranges = ["lm_head.0", "lm_head.outliers.1"].map(|name| LinearShape {
             name: name.into(),
             rows: 8,
             cols: 64,
@@ -354,6 +358,14 @@ mod tests {
         let six = Width::new(6);
         let found = fixed_widths(&ranges, &[("lm_head".into(), six.unwrap())]).unwrap();
         assert_eq!(found, [six, six]);
+    }
+
+    #[test]
+    fn outliers_are_the_columns_with_most_energy() {
+        let diagonal: Vec<f32> = (0..512).map(|c| if c % 8 == 3 { 9.0 } else { 1.0 }).collect();
+        let found = outliers(&diagonal, 4096);
+        assert!(found.len() == 64 && found.iter().all(|c| c % 8 == 3), "{found:?}");
+        assert!(outliers(&diagonal[..128], 4096).is_empty() && outliers(&diagonal, 300).is_empty());
     }
 
     #[test]

@@ -5,18 +5,18 @@ use std::time::Instant;
 
 use nash_core::ModelFile;
 use nash_core::hash::Hasher;
-use nash_models::{LinearInfo, Model, Site};
+use nash_models::{LinearInfo, Model};
 
 use crate::QuantError;
-use crate::allocate::{Inventory, Profile, fixed_widths, uniform};
+use crate::allocate::{Inventory, Profile, fixed_widths};
 use crate::judge::Judge;
 use crate::options::{Calibration, CompressOptions, Method};
-use crate::packed::load;
+use crate::packed::load_in_ranges;
 use crate::progress::Progress;
 use crate::propose::Wishes;
 use crate::report::{Report, TensorRow, four_digits};
 use crate::scratch::Scratch;
-use crate::session::{Session, Solved};
+use crate::session::{Session, Solved, packable};
 use crate::write::{self, Content, SaveTokenizer};
 
 /// Tokens below which a calibration is refused.
@@ -46,29 +46,25 @@ pub fn compress(
         calibration: training,
         ..options.clone()
     };
-    let model = load(source)?;
+    let model = load_in_ranges(source)?;
     model.check_finite()?;
-    let inventory = Inventory::of(model.config());
-    let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
-    let budget = options.budget.bytes(inventory.weights());
-    // An impossible budget is told before any work.
-    uniform(&inventory, &fixed, budget)?;
+    // What is impossible is told before any work.
+    crate::plan::check(model.config(), options)?;
     let source_sha256 = source_hash(source, progress)?;
     let work_dir = options.work_dir.clone().unwrap_or_else(|| work_dir_of(out));
     let scratch = open_scratch(&work_dir, options, &source_sha256)?;
-    let linears = model
-        .linears()
-        .into_iter()
-        .filter(|l| l.site != Site::Router)
-        .collect();
     let mut session = Session {
+        linears: packable(&model),
         model,
-        linears,
         options,
         scratch,
         progress,
     };
     session.calibrate()?;
+    session.part_outliers(source)?;
+    let inventory = Inventory::of(session.model.config());
+    let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
+    let budget = options.budget.bytes(inventory.weights());
     let wishes = Wishes {
         inventory: &inventory,
         fixed: &fixed,

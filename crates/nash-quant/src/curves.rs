@@ -7,7 +7,7 @@ use nash_kernels::Width;
 use nash_models::{DenseLinear, Linear, LinearInfo};
 
 use crate::QuantError;
-use crate::allocate::{Curve, matrix_name};
+use crate::allocate::Curve;
 use crate::options::Codebook;
 use crate::probe::Probe;
 use crate::session::Session;
@@ -188,7 +188,7 @@ pub(crate) fn is_measured(layer: usize, layers: usize, stride: usize) -> bool {
 pub(crate) fn kind(info: &LinearInfo) -> &str {
     match info.layer {
         Some(_) => info.name.splitn(4, '.').nth(3).unwrap_or(&info.name),
-        None => matrix_name(&info.name),
+        None => info.matrix(),
     }
 }
 

@@ -31,7 +31,7 @@ impl Judge {
     ) -> Result<Self, QuantError> {
         Ok(Self {
             probe: Probe::new(&session.model, windows)?,
-            model: load(source)?,
+            model: load(session, source)?,
             installed: vec![None; session.linears.len()],
         })
     }

@@ -4,15 +4,24 @@ use std::sync::Arc;
 
 use nash_core::ModelFile;
 use nash_kernels::{PackedMatrix, dequantize_row, matmul};
-use nash_models::{Input, Linear, Model};
+use nash_models::{Input, Linear, Model, VocabParts};
 
 use crate::QuantError;
 use crate::allocate::vocab_ranges;
 use crate::session::{Session, Solved};
 
-/// The source, its vocabulary in ranges.
-pub(crate) fn load(source: &ModelFile) -> Result<Model, QuantError> {
-    Ok(Model::load_in_ranges(source, vocab_ranges)?)
+/// The source with its vocabulary in ranges of rows, the columns whole.
+pub(crate) fn load_in_ranges(source: &ModelFile) -> Result<Model, QuantError> {
+    Ok(Model::load_in_parts(source, |config| VocabParts {
+        ranges: vocab_ranges(config.vocab_size),
+        outliers: Vec::new(),
+    })?)
+}
+
+/// The source with its vocabulary in the parts that the session has.
+pub(crate) fn load(session: &Session<'_>, source: &ModelFile) -> Result<Model, QuantError> {
+    let parts = session.model.config().vocab_parts.clone();
+    Ok(Model::load_in_parts(source, |_| parts)?)
 }
 
 /// The source with its linears replaced by packed ones.
@@ -21,7 +30,7 @@ pub(crate) fn packed_model(
     source: &ModelFile,
     solved: &[Solved],
 ) -> Result<Model, QuantError> {
-    let mut model = load(source)?;
+    let mut model = load(session, source)?;
     for (info, solved) in session.linears.iter().zip(solved) {
         model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
     }

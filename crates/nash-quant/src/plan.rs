@@ -4,10 +4,10 @@ use std::time::Instant;
 
 use nash_kernels::Width;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
-use nash_models::{ModelConfig, Site};
+use nash_models::{ModelConfig, Site, VocabParts};
 
 use crate::QuantError;
-use crate::allocate::{Inventory, fixed_widths, uniform, vocab_ranges};
+use crate::allocate::{Inventory, fixed_widths, outliers, uniform, vocab_ranges};
 use crate::curves::is_measured;
 use crate::options::{Allocation, Codebook, CompressOptions, Effort, Method};
 
@@ -62,7 +62,7 @@ pub struct PlanRow {
 /// # Errors
 /// If the budget is too small or a `--tensor-type` pattern matches nothing.
 pub fn plan(config: &ModelConfig, options: &CompressOptions) -> Result<Plan, QuantError> {
-    let config = &in_ranges(config);
+    let config = &in_parts(config);
     let inventory = Inventory::of(config);
     let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
     let weights = inventory.weights();
@@ -122,7 +122,7 @@ pub fn effort_within(
     options: &CompressOptions,
     seconds: f64,
 ) -> Result<(Effort, f64), QuantError> {
-    let config = in_ranges(config);
+    let config = in_parts(config);
     let inventory = Inventory::of(&config);
     let rate = operations_per_second();
     let mut best = None;
@@ -137,10 +137,24 @@ pub fn effort_within(
     Ok(best.unwrap_or((Effort::Least, 0.0)))
 }
 
-/// The configuration with its vocabulary cut as compression cuts it.
-fn in_ranges(config: &ModelConfig) -> ModelConfig {
+/// Whether what is asked for can be met at all.
+///
+/// # Errors
+/// If the budget is too small or a `--tensor-type` pattern matches nothing.
+pub(crate) fn check(config: &ModelConfig, options: &CompressOptions) -> Result<(), QuantError> {
+    let inventory = Inventory::of(&in_parts(config));
+    let fixed = fixed_widths(&inventory.linears, &options.tensor_types)?;
+    uniform(&inventory, &fixed, options.budget.bytes(inventory.weights())).map(|_| ())
+}
+
+/// The configuration with its vocabulary cut as compression cuts it. Which columns are outliers is not known, only how many.
+fn in_parts(config: &ModelConfig) -> ModelConfig {
+    let vocab_parts = VocabParts {
+        ranges: vocab_ranges(config.vocab_size),
+        outliers: outliers(&vec![0.0; config.hidden_size], config.vocab_size),
+    };
     ModelConfig {
-        vocab_ranges: vocab_ranges(config.vocab_size),
+        vocab_parts,
         ..config.clone()
     }
 }

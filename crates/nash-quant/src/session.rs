@@ -1,11 +1,13 @@
 //! One model under compression: calibration and solved tensors, each computed once and kept in the scratch folder.
 
+use nash_core::ModelFile;
 use nash_games::RoundingCertificate;
 use nash_games::rounding::Problem;
 use nash_kernels::{PackedMatrix, Width};
-use nash_models::{KvCache, LinearInfo, Model, Site};
+use nash_models::{KvCache, LinearInfo, Model, Site, VocabParts};
 
 use crate::QuantError;
+use crate::allocate::outliers;
 use crate::hessian::{HessianTap, regularise, triangle};
 use crate::options::{CompressOptions, Method, Sensitivity};
 use crate::progress::Progress;
@@ -40,7 +42,40 @@ pub(crate) struct SolvedRecord {
     pub(crate) certificate: RoundingCertificate,
 }
 
+/// The linears that are packed: routers are small and steer everything after them, they stay in half precision.
+pub(crate) fn packable(model: &Model) -> Vec<LinearInfo> {
+    let linears = model.linears().into_iter();
+    linears.filter(|l| l.site != Site::Router).collect()
+}
+
 impl Session<'_> {
+    /// Cuts the columns that carry most energy off the vocabulary's matrices, once there is a Hessian to know them by. Hessians by gradient are those of
+    /// whole matrices: then columns stay together.
+    pub(crate) fn part_outliers(&mut self, source: &ModelFile) -> Result<(), QuantError> {
+        let weighted = self.sensitivity_kind().weights_tokens();
+        if !self.needs_hessians() || weighted || self.options.method != Method::Nash {
+            return Ok(());
+        }
+        let config = self.model.config();
+        let (d, vocab) = (config.hidden_size, config.vocab_size);
+        let Some(h) = self.site_hessian(config.num_layers(), Site::Head, d)? else {
+            return Ok(());
+        };
+        let diagonal: Vec<f32> = (0..d).map(|i| h[i * d + i]).collect();
+        let parts = VocabParts {
+            outliers: outliers(&diagonal, vocab),
+            ..config.vocab_parts.clone()
+        };
+        self.model = Model::load_in_parts(source, |_| parts)?;
+        self.linears = packable(&self.model);
+        Ok(())
+    }
+
+    fn site_hessian(&self, layer: usize, site: Site, n: usize) -> Result<Option<Vec<f32>>, QuantError> {
+        let stored = self.scratch.get_bytes(&site_key(layer, site))?;
+        Ok(stored.and_then(|b| triangle::from_bytes(&b, n)))
+    }
+
     pub(crate) fn check_cancelled(&self) -> Result<(), QuantError> {
         if self.progress.cancelled() {
             Err(QuantError::Cancelled)
@@ -124,15 +159,19 @@ impl Session<'_> {
     /// methods that do not look.
     pub(crate) fn hessian(&self, info: &LinearInfo) -> Result<Vec<f32>, QuantError> {
         let n = info.cols;
-        let layer = info.layer.unwrap_or(self.model.config().num_layers());
+        let config = self.model.config();
+        let layer = info.layer.unwrap_or(config.num_layers());
         if self.needs_hessians() && info.site != Site::Embedding {
-            let key = if self.sensitivity_kind().weights_tokens() {
-                hessian_key(&info.name)
+            let found = if self.sensitivity_kind().weights_tokens() {
+                let stored = self.scratch.get_bytes(&hessian_key(&info.name))?;
+                stored.and_then(|b| triangle::from_bytes(&b, n))
+            } else if let Some(columns) = config.columns(&info.name) {
+                let whole = self.site_hessian(layer, info.site, config.hidden_size)?;
+                whole.map(|h| part(&h, config.hidden_size, &columns))
             } else {
-                site_key(layer, info.site)
+                self.site_hessian(layer, info.site, n)?
             };
-            let stored = self.scratch.get_bytes(&key)?;
-            if let Some(h) = stored.and_then(|b| triangle::from_bytes(&b, n)) {
+            if let Some(h) = found {
                 return Ok(h);
             }
         }
@@ -234,6 +273,15 @@ impl Session<'_> {
             .put_bytes(&solved_key(info, width, effort), &stored::encode(&solved)?)?;
         Ok(solved)
     }
+}
+
+/// Rows and columns `columns` of `h [n, n]`.
+fn part(h: &[f32], n: usize, columns: &[u32]) -> Vec<f32> {
+    let row = |&r: &u32| {
+        let row = &h[r as usize * n..][..n];
+        columns.iter().map(|&c| row[c as usize])
+    };
+    columns.iter().flat_map(row).collect()
 }
 
 /// How far a tensor is solved.

@@ -2,7 +2,7 @@
 
 use nash_core::{ModelFile, PackedFolder};
 use nash_games::rounding::Problem;
-use nash_models::{Model, ModelConfig, Site};
+use nash_models::{Model, ModelConfig};
 
 use crate::QuantError;
 use crate::compress::source_hash;
@@ -10,7 +10,7 @@ use crate::options::{Calibration, CompressOptions, Method};
 use crate::progress::Progress;
 use crate::report::{Report, TensorRow};
 use crate::scratch::Scratch;
-use crate::session::Session;
+use crate::session::{Session, packable};
 use crate::tensor::certify;
 use crate::write::CALIBRATION_FILE;
 
@@ -83,8 +83,8 @@ fn equilibrium(
     verify: VerifyOptions,
     progress: &dyn Progress,
 ) -> Result<Equilibrium, QuantError> {
-    let ranges = ModelConfig::from_packed(packed.config())?.vocab_ranges;
-    let model = Model::load_in_ranges(source, |_| ranges)?;
+    let parts = ModelConfig::from_packed(packed.config())?.vocab_parts;
+    let model = Model::load_in_parts(source, |_| parts)?;
     let found = source_hash(source, progress)?;
     if found != report.source_sha256 {
         return Err(QuantError::Mismatch(format!(
@@ -115,14 +115,9 @@ fn equilibrium(
     };
     let work = tempfile::tempdir().map_err(|e| QuantError::io(&std::env::temp_dir(), e))?;
     let scratch = Scratch::open(&work.path().join("hessians"), "verify")?;
-    let linears = model
-        .linears()
-        .into_iter()
-        .filter(|l| l.site != Site::Router)
-        .collect();
     let session = Session {
+        linears: packable(&model),
         model,
-        linears,
         options: &options,
         scratch,
         progress,

@@ -149,10 +149,10 @@ fn ranges_of_the_vocabulary_are_tensors_of_their_own() -> TestResult {
     let file = ModelFile::open(bench.out("packed"))?;
     let (packed, source) = (Model::load(&file)?, Model::load(&bench.source)?);
     let ranges: &ModelConfig = packed.config();
-    assert_eq!(ranges.vocab_ranges.iter().sum::<usize>(), VOCAB);
+    assert_eq!(ranges.vocab_parts.ranges.iter().sum::<usize>(), VOCAB);
     // The first and last row of every range, against the source.
     let (mut first, mut tokens) = (0, Vec::new());
-    for rows in &ranges.vocab_ranges {
+    for rows in &ranges.vocab_parts.ranges {
         tokens.extend([first as u32, (first + rows - 1) as u32]);
         first += rows;
     }

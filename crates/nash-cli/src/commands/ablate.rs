@@ -235,10 +235,10 @@ fn print(ablation: &Ablation) {
     say!("{table}");
 }
 
-/// The divergences of all variants, each with its range over the seeds.
+/// The divergences of all variants but the source, each with its range over the seeds, on a logarithmic axis.
 fn figure(ablation: &Ablation, bits: f64) -> String {
-    let mut plot = ForestPlot::new().with_null_value(0.0);
-    for row in &ablation.rows {
+    let mut plot = ForestPlot::new().with_show_null_line(false);
+    for row in ablation.rows.iter().filter(|row| row.kl_mean.mean > 0.0) {
         let values = &row.kl_mean.values;
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -247,7 +247,8 @@ fn figure(ablation: &Ablation, bits: f64) -> String {
     let plots = vec![Plot::Forest(plot)];
     let layout = Layout::auto_from_plots(&plots)
         .with_title(format!("Ablation at {bits:.2} bits per weight"))
-        .with_x_label("mean KL divergence (nats), range over seeds");
+        .with_x_label("mean KL divergence (nats), range over seeds")
+        .with_log_x();
     SvgBackend.render_scene(&render_multiple(plots, layout))
 }
 

@@ -208,7 +208,8 @@ impl Model {
                 }
             }
             let mut g = vec![0.0; x.len()];
-            self.head().backward(&self.weights, &hidden, &logits, &mut g, tap);
+            self.head()
+                .backward(&self.weights, (&hidden, d), &logits, &mut g, tap);
             if let Some(norm) = &self.final_norm {
                 norm.backward(x, &mut g, tap);
             }

@@ -173,7 +173,7 @@ impl Keys<'_> {
                 .number("final_logit_softcapping")
                 .map(|cap| cap as f32)
                 .filter(|cap| *cap > 0.0),
-            vocab_ranges: Vec::new(),
+            vocab_parts: super::VocabParts::default(),
         })
     }
 

@@ -148,7 +148,7 @@ impl Keys<'_> {
             },
             tie_embeddings: self.flag("tie_word_embeddings")?,
             logit_softcap: self.number(&["final_logit_softcapping"])?.map(|cap| cap as f32),
-            vocab_ranges: Vec::new(),
+            vocab_parts: super::VocabParts::default(),
         })
     }
 

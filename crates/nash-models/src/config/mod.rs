@@ -9,6 +9,8 @@ mod family;
 mod gguf;
 mod hf;
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ModelError, Result};
@@ -44,10 +46,47 @@ pub struct ModelConfig {
     pub tie_embeddings: bool,
     /// Logits become `cap·tanh(logit/cap)`.
     pub logit_softcap: Option<f32>,
-    /// Rows of the ranges that embedding and output matrix are cut into, each a linear of its own, in order of the rows; empty if
-    /// they are whole.
+    /// The parts that embedding and output matrix are cut into, each a linear of its own.
+    #[serde(default, skip_serializing_if = "VocabParts::is_whole")]
+    pub vocab_parts: VocabParts,
+}
+
+/// How the matrices with a row per token, `[V, d]`, are cut. Rows are in order of merges, so a range of rows has tokens of like frequency; a few
+/// channels of the residual stream carry most of its energy, and their columns deserve more exact weights.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VocabParts {
+    /// Rows of the ranges, in order of the rows; empty if rows are not cut.
+    #[serde(default)]
+    pub ranges: Vec<usize>,
+    /// Columns that are stored apart from the others, ascending; empty if columns are not cut.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub vocab_ranges: Vec<usize>,
+    pub outliers: Vec<u32>,
+}
+
+impl VocabParts {
+    /// Nothing is cut.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.ranges.is_empty() && self.outliers.is_empty()
+    }
+
+    /// Columns of the segments of a matrix of `d` columns, outliers first; `None` for a single segment of all.
+    pub(crate) fn segments(&self, d: usize) -> Vec<Option<Arc<[u32]>>> {
+        if self.outliers.is_empty() {
+            return vec![None];
+        }
+        let others = (0..d as u32).filter(|c| self.outliers.binary_search(c).is_err());
+        vec![Some(self.outliers.as_slice().into()), Some(others.collect())]
+    }
+
+    fn fits(&self, vocab: usize, d: usize) -> bool {
+        let ranges = &self.ranges;
+        let rows = ranges.iter().fold(0usize, |sum, &rows| sum.saturating_add(rows));
+        let ascending = self.outliers.windows(2).all(|pair| pair[0] < pair[1]);
+        let inside = self.outliers.last().is_none_or(|&last| (last as usize) < d);
+        (ranges.is_empty() || (ranges.len() <= 64 && !ranges.contains(&0) && rows == vocab))
+            && (ascending && inside && self.outliers.len() < d)
+    }
 }
 
 /// Normalisation of the residual stream.
@@ -376,16 +415,11 @@ impl ModelConfig {
         sized("hidden_size", self.hidden_size)?;
         sized("context_length", self.context_length)?;
         require(
-            self.vocab_ranges.is_empty() || {
-                let rows = self.vocab_ranges.iter();
-                self.vocab_ranges.len() <= 64
-                    && !self.vocab_ranges.contains(&0)
-                    && rows.fold(0usize, |sum, &rows| sum.saturating_add(rows)) == self.vocab_size
-            },
-            "vocab_ranges",
+            self.vocab_parts.fits(self.vocab_size, self.hidden_size),
+            "vocab_parts",
             format!(
-                "{:?} do not add up to {} rows",
-                self.vocab_ranges, self.vocab_size
+                "{:?} do not cut a matrix of {} rows and {} columns",
+                self.vocab_parts, self.vocab_size, self.hidden_size
             ),
         )?;
         check_layers(self.layers.len())?;
