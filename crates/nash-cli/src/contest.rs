@@ -84,14 +84,12 @@ impl Contest {
     pub(crate) fn open(&self, ui: &Ui) -> anyhow::Result<Arena<'_>> {
         self.threads.apply()?;
         let source = model::load(&self.source, ui)?;
-        let temporary = match &self.output {
-            Some(_) => None,
-            None => Some(tempfile::tempdir().context("cannot create a temporary folder")?),
-        };
-        let dir = match (&self.output, &temporary) {
-            (Some(dir), _) => dir.clone(),
-            (_, Some(temporary)) => temporary.path().to_owned(),
-            _ => PathBuf::new(),
+        let (dir, temporary) = match &self.output {
+            Some(dir) => (dir.clone(), None),
+            None => {
+                let temporary = tempfile::tempdir().context("cannot create a temporary folder")?;
+                (temporary.path().to_owned(), Some(temporary))
+            }
         };
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         Ok(Arena {

@@ -4,6 +4,7 @@
 //! Files are written under temporary names and renamed when complete, so even the second leaves nothing half-written
 //! that looks finished.
 
+use nash_eval::EvalError;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -51,6 +52,15 @@ pub(crate) fn stopped() -> bool {
 /// Forgets a request: the thing it was meant for (an answer in a chat) has stopped. True if there was one.
 pub(crate) fn clear() -> bool {
     STOP.swap(false, Ordering::SeqCst)
+}
+
+/// The same for measurements: [`EvalError::Cancelled`] if a stop was asked for.
+pub(crate) fn check_measurement() -> Result<(), EvalError> {
+    if stopped() {
+        Err(EvalError::Cancelled)
+    } else {
+        Ok(())
+    }
 }
 
 /// [`Stopped`] if a stop was asked for.

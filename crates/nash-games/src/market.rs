@@ -47,13 +47,7 @@ pub struct MarketOutcome {
 /// # Errors
 /// If a player has no choice or the smallest profile exceeds the budget.
 pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, GameError> {
-    if let Some(player) = players.iter().position(|p| p.choices.is_empty()) {
-        return Err(GameError::NoStrategies { player });
-    }
-    let smallest = smallest(players);
-    if smallest > budget {
-        return Err(GameError::BudgetTooSmall { budget, smallest });
-    }
+    check(players, budget)?;
     let leaders = leaders(players, budget);
     let mut best: Option<(f64, f64, Vec<usize>)> = None;
     for committed in combinations(players, &leaders) {
@@ -73,6 +67,7 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
         }
     }
     let Some((loss, price, chosen)) = best else {
+        let smallest = smallest(players);
         return Err(GameError::BudgetTooSmall { budget, smallest });
     };
     let bytes = total(players, &chosen).0;
@@ -87,6 +82,18 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
     };
     outcome.max_regret = max_regret(players, &outcome);
     Ok(outcome)
+}
+
+/// Every player can choose, and the smallest profile fits.
+pub(crate) fn check(players: &[Player], budget: u64) -> Result<(), GameError> {
+    if let Some(player) = players.iter().position(|p| p.choices.is_empty()) {
+        return Err(GameError::NoStrategies { player });
+    }
+    let smallest = smallest(players);
+    if smallest > budget {
+        return Err(GameError::BudgetTooSmall { budget, smallest });
+    }
+    Ok(())
 }
 
 /// Bytes if everyone takes the smallest format.
@@ -211,13 +218,25 @@ pub(crate) fn total(players: &[Player], chosen: &[usize]) -> (u64, f64) {
 
 /// Buys, as long as one fits, the upgrade with the largest fall of loss per byte.
 pub(crate) fn spend_remainder(players: &[Player], budget: u64, chosen: &mut [usize]) {
+    spend_by(players, budget, chosen, |chosen, t, f| {
+        players[t].choices[chosen[t]].1 - players[t].choices[f].1
+    });
+}
+
+/// The same for losses that depend on the others: `gain(chosen, t, f)` is the fall of loss if player t takes format f.
+pub(crate) fn spend_by(
+    players: &[Player],
+    budget: u64,
+    chosen: &mut [usize],
+    gain: impl Fn(&[usize], usize, usize) -> f64,
+) {
     loop {
         let left = budget - total(players, chosen).0;
         let mut best: Option<(f64, usize, usize)> = None;
         for (t, player) in players.iter().enumerate() {
-            let (bytes, loss) = player.choices[chosen[t]];
-            for (f, &(other_bytes, other_loss)) in player.choices.iter().enumerate() {
-                let gain = loss - other_loss;
+            let bytes = player.choices[chosen[t]].0;
+            for (f, &(other_bytes, _)) in player.choices.iter().enumerate() {
+                let gain = gain(chosen, t, f);
                 if gain > 0.0 && other_bytes <= bytes + left {
                     let rate = gain / (other_bytes.saturating_sub(bytes).max(1)) as f64;
                     if best.is_none_or(|b| rate > b.0) {
@@ -232,7 +251,7 @@ pub(crate) fn spend_remainder(players: &[Player], budget: u64, chosen: &mut [usi
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
@@ -242,7 +261,7 @@ mod tests {
     }
 
     /// Least loss over all profiles that fit.
-    fn exhaustive(players: &[Player], budget: u64) -> f64 {
+    pub(crate) fn exhaustive(players: &[Player], budget: u64) -> f64 {
         match players.split_first() {
             None => 0.0,
             Some((first, rest)) => first

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ModelConfig, NormKind, NormPlacement, Positions, QkNorm};
+use crate::config::{ModelConfig, NormKind, NormPlacement, Positions, QkNorm, Segment};
 use crate::names::TensorKey;
 
 /// Where a linear sits, that is: which activations it reads. Linears of one layer and site read the same input.
@@ -93,13 +93,13 @@ impl ModelConfig {
 
     /// The columns of its matrix that a part of the vocabulary has; `None` for a linear that has all.
     #[must_use]
-    pub fn columns(&self, linear: &str) -> Option<Arc<[u32]>> {
-        let manifest = Manifest::new(self);
-        let found = manifest
-            .linears
-            .into_iter()
-            .find(|spec| spec.info.name == linear)?;
-        found.columns
+    pub fn columns(&self, linear: &LinearInfo) -> Option<Arc<[u32]>> {
+        if linear.layer.is_some() {
+            return None;
+        }
+        let mut segments = self.vocab_parts.segments(self.hidden_size).into_iter();
+        let own = segments.find(|segment| segment.outliers == is_outliers(&linear.name))?;
+        own.columns
     }
 
     /// The other tensors (norms, biases, position tables): canonical name and shape.
@@ -122,6 +122,12 @@ const OUTLIERS: &str = ".outliers";
 /// Name of a range of the rows of a matrix, of its outlier columns or of the others.
 pub(crate) fn part_name(matrix: &str, outliers: bool, range: usize) -> String {
     format!("{matrix}{}.{range}", if outliers { OUTLIERS } else { "" })
+}
+
+/// Whether a name is that of outlier columns.
+fn is_outliers(part: &str) -> bool {
+    part.rsplit_once('.')
+        .is_some_and(|(of, _)| of.ends_with(OUTLIERS))
 }
 
 impl LinearInfo {
@@ -182,10 +188,7 @@ impl Manifest {
             return;
         }
         let Some(whole) = self.linears.pop() else { return };
-        for columns in config.vocab_parts.segments(d) {
-            let outliers = columns
-                .as_ref()
-                .is_some_and(|c| c[..] == config.vocab_parts.outliers[..]);
+        for Segment { outliers, columns } in config.vocab_parts.segments(d) {
             let all = [rows];
             let ranges = &config.vocab_parts.ranges;
             let mut first = 0;

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::backward::GradientTap;
-use crate::config::ModelConfig;
+use crate::config::{self, ModelConfig};
 use crate::linear::Input;
 use crate::manifest::part_name;
 use crate::scratch::sized;
@@ -40,8 +40,7 @@ impl Vocabulary {
                 segments: vec![Segment { columns, ranges }],
             });
         }
-        let segment = |columns: Option<Arc<[u32]>>| {
-            let outliers = columns.as_ref().is_some_and(|c| c[..] == parts.outliers[..]);
+        let segment = |config::Segment { outliers, columns }| {
             let mut next = 0;
             let ranges = (0..parts.ranges.len().max(1)).map(|i| {
                 let slot = weights.slot(&part_name(name, outliers, i))?;

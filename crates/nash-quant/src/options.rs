@@ -136,8 +136,7 @@ impl Effort {
     /// The same options with this much work.
     #[must_use]
     pub fn apply(self, options: CompressOptions) -> CompressOptions {
-        let usual = CompressOptions::default();
-        let few = CompressOptions {
+        let few = |options| CompressOptions {
             probe_tokens: 48,
             probe_layer_stride: 8,
             ..options
@@ -147,25 +146,22 @@ impl Effort {
                 codebook: Codebook::Scalar,
                 allocation: Allocation::Uniform,
                 max_sweeps: 2,
-                ..few
+                ..few(options)
             },
             Self::Quick => CompressOptions {
                 codebook: Codebook::Scalar,
                 max_sweeps: 3,
-                ..few
+                ..few(options)
             },
-            Self::Short => CompressOptions { max_sweeps: 8, ..few },
-            Self::Normal => CompressOptions {
-                probe_tokens: usual.probe_tokens,
-                probe_layer_stride: usual.probe_layer_stride,
-                ..few
+            Self::Short => CompressOptions {
+                max_sweeps: 8,
+                ..few(options)
             },
+            Self::Normal => options,
             Self::Thorough => CompressOptions {
-                probe_tokens: usual.probe_tokens,
-                probe_layer_stride: usual.probe_layer_stride,
                 allocation: Allocation::Swarm,
                 tune_epochs: 2,
-                ..few
+                ..options
             },
         }
     }

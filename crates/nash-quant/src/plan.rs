@@ -121,20 +121,19 @@ pub fn effort_within(
     config: &ModelConfig,
     options: &CompressOptions,
     seconds: f64,
-) -> Result<(Effort, f64), QuantError> {
+) -> Result<Effort, QuantError> {
     let config = in_parts(config);
     let inventory = Inventory::of(&config);
     let rate = operations_per_second();
-    let mut best = None;
+    let mut best = Effort::Least;
     for effort in Effort::ALL {
         let options = effort.apply(options.clone());
         let cost = Cost::of(&config, &inventory, &options, effort.calibration_tokens());
-        let estimate = cost.operations / rate;
-        if best.is_none() || estimate <= seconds {
-            best = Some((effort, estimate));
+        if cost.operations / rate <= seconds {
+            best = effort;
         }
     }
-    Ok(best.unwrap_or((Effort::Least, 0.0)))
+    Ok(best)
 }
 
 /// Whether what is asked for can be met at all.

@@ -70,8 +70,16 @@ impl Probe {
     /// # Errors
     /// If the model cannot run a window.
     pub(crate) fn kl(&self, model: &Model) -> Result<f64, QuantError> {
-        let mut x = self.embed(model)?;
-        for layer in 0..model.config().num_layers() {
+        self.kl_from(model, None)
+    }
+
+    /// The same for a model that is the source below `layer` (`None`: nowhere).
+    fn kl_from(&self, model: &Model, layer: Option<usize>) -> Result<f64, QuantError> {
+        let mut x = match layer {
+            Some(layer) => self.states[layer].clone(),
+            None => self.embed(model)?,
+        };
+        for layer in layer.unwrap_or(0)..model.config().num_layers() {
             model.layer_forward_sequences(layer, &mut x, &self.lengths)?;
         }
         Ok(self.divergences(model, x)[0])
@@ -92,14 +100,7 @@ impl Probe {
                 self.kl_of_all(model, layer, changes)
             });
         }
-        let mut x = match layer {
-            Some(layer) => self.states[layer].clone(),
-            None => self.embed(model)?,
-        };
-        for layer in layer.unwrap_or(0)..model.config().num_layers() {
-            model.layer_forward_sequences(layer, &mut x, &self.lengths)?;
-        }
-        Ok(self.divergences(model, x)[0])
+        self.kl_from(model, layer)
     }
 
     /// KL divergences with each of some linears of one layer replaced alone; the model is as before afterwards. The layers above run

@@ -49,10 +49,11 @@ impl Session<'_> {
         let mut profiles = match self.options.allocation {
             Allocation::Uniform => vec![baseline],
             Allocation::Evolution => vec![self.evolved(source, wishes, &baseline)?],
-            Allocation::Market => vec![self.market(wishes)?, baseline],
+            Allocation::Market => vec![market(&self.players(wishes)?, wishes)?, baseline],
             Allocation::Swarm => {
-                let market = self.market(wishes)?;
-                vec![self.refined(source, wishes)?, market, baseline]
+                let players = self.players(wishes)?;
+                let refined = self.refined(source, &players, wishes)?;
+                vec![refined, market(&players, wishes)?, baseline]
             }
             Allocation::Greedy | Allocation::Knapsack | Allocation::Pairwise => vec![self.planned(wishes)?],
         };
@@ -71,21 +72,9 @@ impl Session<'_> {
         Ok(players(wishes.inventory, wishes.fixed, &curves))
     }
 
-    fn market(&mut self, wishes: &Wishes<'_>) -> Result<Profile, QuantError> {
-        let players = self.players(wishes)?;
-        let outcome = clear_market(&players, room(wishes)).map_err(QuantError::game("market"))?;
-        Ok(Profile {
-            name: "market",
-            widths: widths(wishes.fixed, &outcome.chosen),
-            predicted_kl: Some(outcome.loss),
-            market: Some(outcome),
-        })
-    }
-
     /// Allocations that follow from measured losses without further evaluations of whole profiles.
     fn planned(&mut self, wishes: &Wishes<'_>) -> Result<Profile, QuantError> {
-        let curves = self.curves()?;
-        let players = players(wishes.inventory, wishes.fixed, &curves);
+        let players = self.players(wishes)?;
         let budget = room(wishes);
         let failed = QuantError::game("allocation");
         let (name, chosen) = match self.options.allocation {
@@ -140,8 +129,12 @@ impl Session<'_> {
     }
 
     /// The market with price multipliers that a particle swarm found.
-    fn refined(&mut self, source: &ModelFile, wishes: &Wishes<'_>) -> Result<Profile, QuantError> {
-        let players = self.players(wishes)?;
+    fn refined(
+        &self,
+        source: &ModelFile,
+        players: &[Player],
+        wishes: &Wishes<'_>,
+    ) -> Result<Profile, QuantError> {
         let groups = groups(&self.linears, self.model.config().num_layers());
         let rule = Swarm {
             particles: PARTICLES,
@@ -149,7 +142,7 @@ impl Session<'_> {
             seed: self.options.seed,
         };
         let mut search = self.search(source)?;
-        let found = refine_prices(&players, &groups, room(wishes), rule, |chosen| {
+        let found = refine_prices(players, &groups, room(wishes), rule, |chosen| {
             search.loss(self, &widths(wishes.fixed, chosen))
         })?;
         Ok(profile("swarm", wishes, &found.chosen))
@@ -163,6 +156,16 @@ impl Session<'_> {
             &self.two_windows(SEARCH_TOKENS),
         )?))
     }
+}
+
+fn market(players: &[Player], wishes: &Wishes<'_>) -> Result<Profile, QuantError> {
+    let outcome = clear_market(players, room(wishes)).map_err(QuantError::game("market"))?;
+    Ok(Profile {
+        predicted_kl: Some(outcome.loss),
+        widths: widths(wishes.fixed, &outcome.chosen),
+        name: "market",
+        market: Some(outcome),
+    })
 }
 
 /// A search in progress.

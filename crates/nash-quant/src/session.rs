@@ -165,7 +165,7 @@ impl Session<'_> {
             let found = if self.sensitivity_kind().weights_tokens() {
                 let stored = self.scratch.get_bytes(&hessian_key(&info.name))?;
                 stored.and_then(|b| triangle::from_bytes(&b, n))
-            } else if let Some(columns) = config.columns(&info.name) {
+            } else if let Some(columns) = config.columns(info) {
                 let whole = self.site_hessian(layer, info.site, config.hidden_size)?;
                 whole.map(|h| part(&h, config.hidden_size, &columns))
             } else {
@@ -210,16 +210,14 @@ impl Session<'_> {
     pub(crate) fn solve(&self, info: &LinearInfo, width: Width) -> Result<Solved, QuantError> {
         self.stored(info, width, Effort::Full, |problem| {
             let mut rounded = match self.known(info, width, Effort::Draft)? {
-                Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => Rounded::of(
-                    draft.matrix.as_ref(),
-                    draft.record.sweeps,
-                    self.options.joint_moves,
-                ),
+                Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => {
+                    Rounded::of(draft.matrix.as_ref(), draft.record.sweeps)
+                }
                 _ => draft(&info.name, problem, self.rounding(width))?,
             };
             if self.options.method == Method::Nash {
                 let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
-                rounded.play(&info.name, problem, sweeps)?;
+                rounded.play(&info.name, problem, sweeps, self.options.joint_moves)?;
             }
             let sweeps = rounded.sweeps;
             let matrix = rounded.pack(&info.name, info.cols)?;

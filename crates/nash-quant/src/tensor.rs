@@ -38,8 +38,6 @@ pub(crate) struct Rounded {
     pub(crate) codes: Vec<u8>,
     /// Sweeps played; 0 for the baselines.
     pub(crate) sweeps: usize,
-    /// Whether chains deviate together.
-    joint_moves: bool,
 }
 
 /// Rounds `problem` (named for errors): a fitted grid, a start and, for the games, [`DRAFT_SWEEPS`] sweeps.
@@ -76,17 +74,16 @@ pub(crate) fn draft(name: &str, problem: Problem<'_>, rounding: Rounding) -> Res
         grid,
         codes,
         sweeps: 0,
-        joint_moves: rounding.joint_moves,
     };
     if rounding.method == Method::Nash {
-        rounded.play(name, problem, rounding.sweeps)?;
+        rounded.play(name, problem, rounding.sweeps, rounding.joint_moves)?;
     }
     Ok(rounded)
 }
 
 impl Rounded {
     /// What a packed tensor holds, after `sweeps` sweeps.
-    pub(crate) fn of(packed: PackedRef<'_>, sweeps: usize, joint_moves: bool) -> Self {
+    pub(crate) fn of(packed: PackedRef<'_>, sweeps: usize) -> Self {
         let width = packed.shape().width;
         let parts = unpack(packed);
         Self {
@@ -98,19 +95,24 @@ impl Rounded {
             },
             codes: parts.codes,
             sweeps,
-            joint_moves,
         }
     }
 
-    /// Plays on, for at most `sweeps` sweeps. Playing on from a packed draft gives what playing on at once gives.
+    /// Plays on, for at most `sweeps` sweeps, chains deviating together or every code alone. Playing on from a packed draft gives what playing on at once gives.
     ///
     /// # Errors
     /// If the lengths do not agree.
-    pub(crate) fn play(&mut self, name: &str, problem: Problem<'_>, sweeps: usize) -> Result<(), QuantError> {
+    pub(crate) fn play(
+        &mut self,
+        name: &str,
+        problem: Problem<'_>,
+        sweeps: usize,
+        joint_moves: bool,
+    ) -> Result<(), QuantError> {
         let rule = BestResponse {
             max_sweeps: sweeps,
             move_scales: true,
-            joint_moves: self.joint_moves,
+            joint_moves,
         };
         let trace = play(problem, &mut self.grid, &mut self.codes, rule).map_err(QuantError::game(name))?;
         self.sweeps += trace.moves.len();
@@ -150,6 +152,6 @@ pub(crate) fn certify(
     packed: PackedRef<'_>,
     stride: usize,
 ) -> Result<RoundingCertificate, QuantError> {
-    let Rounded { grid, codes, .. } = Rounded::of(packed, 0, false);
+    let Rounded { grid, codes, .. } = Rounded::of(packed, 0);
     certify_rounding(problem, &grid, &codes, stride).map_err(QuantError::game(name))
 }

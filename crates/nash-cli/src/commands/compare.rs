@@ -26,7 +26,7 @@ pub(crate) struct Compare {
     #[command(flatten)]
     contest: Contest,
     /// Methods to compare
-    #[arg(long, value_enum, value_name = "NAME,…", value_delimiter = ',', default_values_t = Contender::ALL)]
+    #[arg(long, value_enum, value_name = "NAME,…", value_delimiter = ',', default_values_t = Contender::value_variants())]
     methods: Vec<Contender>,
     /// Whole allocations that `evolution` and `swarm` may try on the model
     #[arg(long, value_name = "N", default_value_t = CompressOptions::default().evaluations)]
@@ -60,18 +60,6 @@ enum Contender {
 }
 
 impl Contender {
-    const ALL: [Self; 9] = [
-        Self::Rtn,
-        Self::Gptq,
-        Self::Uniform,
-        Self::Greedy,
-        Self::Knapsack,
-        Self::Pairwise,
-        Self::Evolution,
-        Self::Market,
-        Self::Swarm,
-    ];
-
     fn allocation(self) -> Option<Allocation> {
         Some(match self {
             Self::Rtn | Self::Gptq => return None,

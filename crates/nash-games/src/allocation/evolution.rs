@@ -3,9 +3,9 @@
 use rand::{Rng, RngExt as _, SeedableRng as _};
 use rand_pcg::Pcg64Mcg;
 
-use super::{Found, bytes, check};
+use super::{Found, bytes};
 use crate::error::GameError;
-use crate::market::Player;
+use crate::market::{Player, check};
 
 /// How to search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,9 +4,8 @@
 //! dropped if even the Lagrangian bound on what the remaining players must lose leaves it no better than the best profile known, the
 //! market's (Everett 1963): that keeps the lists short.
 
-use super::check;
 use crate::error::GameError;
-use crate::market::{Player, clear_market, total};
+use crate::market::{Player, check, clear_market, total};
 
 /// States kept per player. If there are more, those with the best bounds are kept and the result may miss the optimum.
 const MOST_STATES: usize = 1 << 18;
@@ -141,16 +140,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn exhaustive(players: &[Player], budget: u64) -> f64 {
-        let Some((first, rest)) = players.split_first() else {
-            return 0.0;
-        };
-        let fitting = first.choices.iter().filter(|c| c.0 <= budget);
-        fitting
-            .map(|c| c.1 + exhaustive(rest, budget - c.0))
-            .fold(f64::INFINITY, f64::min)
-    }
+    use crate::market::tests::exhaustive;
 
     proptest! {
         #[test]

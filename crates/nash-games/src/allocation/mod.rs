@@ -19,7 +19,7 @@ pub use pairwise::{Coupling, PairwiseOutcome, clear_with_couplings, pairwise_reg
 pub use swarm::{Swarm, refine_prices};
 
 use crate::error::GameError;
-use crate::market::{Player, smallest, spend_remainder};
+use crate::market::{Player, check, spend_remainder, total};
 
 /// A profile found by a search, with its true loss.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,22 +47,9 @@ pub fn greedy(players: &[Player], budget: u64) -> Result<Vec<usize>, GameError> 
     Ok(chosen)
 }
 
-/// Every player can choose, and the smallest profile fits.
-fn check(players: &[Player], budget: u64) -> Result<(), GameError> {
-    if let Some(player) = players.iter().position(|p| p.choices.is_empty()) {
-        return Err(GameError::NoStrategies { player });
-    }
-    let smallest = smallest(players);
-    if smallest > budget {
-        return Err(GameError::BudgetTooSmall { budget, smallest });
-    }
-    Ok(())
-}
-
 /// Bytes of a profile.
 fn bytes(players: &[Player], chosen: &[usize]) -> u64 {
-    let each = players.iter().zip(chosen);
-    each.map(|(player, &choice)| player.choices[choice].0).sum()
+    total(players, chosen).0
 }
 
 #[cfg(test)]

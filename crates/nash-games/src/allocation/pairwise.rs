@@ -5,9 +5,9 @@
 //! `Φ = Σ a_t + Σ b_ts + λ · bytes` is an exact potential, sequential best responses lower it and end in an equilibrium at the price λ; the price is bisected until the
 //! bytes fit.
 
-use super::{bytes, check};
+use super::bytes;
 use crate::error::GameError;
-use crate::market::{Player, clear_market};
+use crate::market::{Player, check, clear_market, spend_by};
 
 /// Two neighbours.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -81,7 +81,12 @@ pub fn clear_with_couplings(
             low = middle;
         }
     }
-    game.spend(&mut chosen, budget);
+    spend_by(players, budget, &mut chosen, |chosen, t, f| {
+        let now = game.loss(chosen, t, chosen[t]);
+        let gain = now - game.loss(chosen, t, f);
+        // A gain within the rounding of the sums is none.
+        if gain > 1e-12 * now.abs() { gain } else { 0.0 }
+    });
     let mut outcome = PairwiseOutcome {
         price: high,
         loss: pairwise_loss(players, couplings, &chosen),
@@ -121,26 +126,6 @@ impl Game<'_> {
             }
         }
         chosen
-    }
-
-    /// Buys, as long as one fits, the upgrade with the largest fall of loss per byte.
-    fn spend(&self, chosen: &mut [usize], budget: u64) {
-        loop {
-            let left = budget - bytes(self.players, chosen);
-            let mut best: Option<(f64, usize, usize)> = None;
-            for (t, player) in self.players.iter().enumerate() {
-                let (size, now) = (player.choices[chosen[t]].0, self.loss(chosen, t, chosen[t]));
-                for (f, &(other, _)) in player.choices.iter().enumerate() {
-                    let gain = now - self.loss(chosen, t, f);
-                    let rate = gain / other.saturating_sub(size).max(1) as f64;
-                    if gain > 1e-12 * now.abs() && other <= size + left && best.is_none_or(|b| rate > b.0) {
-                        best = Some((rate, t, f));
-                    }
-                }
-            }
-            let Some((_, t, f)) = best else { break };
-            chosen[t] = f;
-        }
     }
 }
 

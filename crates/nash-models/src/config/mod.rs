@@ -63,6 +63,13 @@ pub struct VocabParts {
     pub outliers: Vec<u32>,
 }
 
+/// A segment of the columns of a vocabulary's matrix.
+pub(crate) struct Segment {
+    pub(crate) outliers: bool,
+    /// `None` for all.
+    pub(crate) columns: Option<Arc<[u32]>>,
+}
+
 impl VocabParts {
     /// Nothing is cut.
     #[must_use]
@@ -70,13 +77,17 @@ impl VocabParts {
         self.ranges.is_empty() && self.outliers.is_empty()
     }
 
-    /// Columns of the segments of a matrix of `d` columns, outliers first; `None` for a single segment of all.
-    pub(crate) fn segments(&self, d: usize) -> Vec<Option<Arc<[u32]>>> {
+    /// The segments of a matrix of `d` columns, outliers first.
+    pub(crate) fn segments(&self, d: usize) -> Vec<Segment> {
+        let segment = |outliers, columns| Segment { outliers, columns };
         if self.outliers.is_empty() {
-            return vec![None];
+            return vec![segment(false, None)];
         }
         let others = (0..d as u32).filter(|c| self.outliers.binary_search(c).is_err());
-        vec![Some(self.outliers.as_slice().into()), Some(others.collect())]
+        vec![
+            segment(true, Some(self.outliers.as_slice().into())),
+            segment(false, Some(others.collect())),
+        ]
     }
 
     fn fits(&self, vocab: usize, d: usize) -> bool {

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand, value_parser};
 use nash_eval::report::{Report, Row};
-use nash_eval::{EvalError, ModelScorer, SpeedOptions, SpeedReport, memory, read_bandwidth, speed};
+use nash_eval::{ModelScorer, SpeedOptions, SpeedReport, memory, read_bandwidth, speed};
 
 use crate::args::{Json, ModelArg};
 use crate::out::say;
@@ -92,11 +92,7 @@ impl Bench {
         ui.begin(&title, passes(options), Unit::Steps);
         let mut tick = || {
             ui.step(1);
-            if interrupt::stopped() {
-                Err(EvalError::Cancelled)
-            } else {
-                Ok(())
-            }
+            interrupt::check_measurement()
         };
         let mut scorer = ModelScorer::new(&loaded.model);
         let mut report = speed(&mut scorer, options, &mut tick)?;

@@ -1,7 +1,6 @@
 //! `bench routing`: what choosing experts costs, and how well it balances.
 
 use clap::{Args, ValueEnum, value_parser};
-use nash_eval::EvalError;
 use nash_eval::routing::{RoutingOptions, RoutingReport, RoutingRow, RoutingShape, routing_rows};
 
 use crate::args::{Json, Threads};
@@ -70,11 +69,7 @@ impl Routing {
             ui.begin(&format!("routing, {}", shape.name), STEPS, Unit::Steps);
             let mut tick = || {
                 ui.step(1);
-                if interrupt::stopped() {
-                    Err(EvalError::Cancelled)
-                } else {
-                    Ok(())
-                }
+                interrupt::check_measurement()
             };
             report.rows.extend(routing_rows(shape, options, &mut tick)?);
             ui.finish();

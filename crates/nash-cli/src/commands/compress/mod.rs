@@ -257,7 +257,7 @@ impl Compress {
             ..CompressOptions::default()
         };
         let effort = match self.time_budget {
-            Some(time) => nash_quant::effort_within(config, &asked, time.as_secs_f64())?.0,
+            Some(time) => nash_quant::effort_within(config, &asked, time.as_secs_f64())?,
             None => self.effort.into(),
         };
         let mut options = effort.apply(asked);

@@ -221,13 +221,7 @@ impl Demo {
 /// Adds a short speed measurement.
 fn with_speed(row: Row, loaded: &Loaded, extent: &Extent) -> anyhow::Result<Row> {
     let mut scorer = ModelScorer::new(&loaded.model);
-    let mut tick = || {
-        if interrupt::stopped() {
-            Err(nash_eval::EvalError::Cancelled)
-        } else {
-            Ok(())
-        }
-    };
+    let mut tick = || interrupt::check_measurement();
     let speed = speed(&mut scorer as &mut dyn Decoder, extent.speed, &mut tick)?;
     Ok(Row {
         speed: Some(speed),
