@@ -7,6 +7,8 @@
 //! * [`pack`], [`unpack`], [`dequantize_row`]: between codes and the packed stream;
 //! * [`Activations`]: inputs `x [T, n]` as int8 with a scale per token and group;
 //! * [`matmul`]: `y [T, m] = x Wᵀ`, **bit-identical for every thread count and every [`Isa`]**;
+//! * [`matmul_each`]: several of them as one piece of work;
+//! * [`dot_rows`], [`add_rows`]: one token's attention over keys and values in half precision;
 //! * [`dense`]: float matrix products with results independent of the thread count;
 //! * [`pool`]: the threads behind both;
 //! * [`heap`]: memory back to the system.
@@ -19,6 +21,7 @@
 mod activations;
 mod codec;
 pub mod dense;
+mod half_rows;
 pub mod heap;
 mod isa;
 mod layout;
@@ -27,9 +30,10 @@ pub mod pool;
 
 pub use activations::Activations;
 pub use codec::{Unpacked, dequantize_row, pack, unpack};
+pub use half_rows::{add_rows, dot_rows};
 pub use isa::{Isa, IsaError};
 pub use layout::{
     CHAIN, CHAINS, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, SCALE_UNIT, TILE_ROWS,
     WINDOW_BITS, Width, chain_column,
 };
-pub use matmul::{matmul, matmul_with};
+pub use matmul::{Product, matmul, matmul_each, matmul_with};

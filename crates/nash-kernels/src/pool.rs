@@ -83,12 +83,29 @@ pub fn for_each_chunk<T: Send>(data: &mut [T], chunk: usize, task: impl Fn(usize
         }
         return;
     }
-    // A lock per chunk hands out each exclusive borrow once; it is never contended.
-    let chunks: Vec<Mutex<&mut [T]>> = data.chunks_mut(chunk).map(Mutex::new).collect();
-    run(chunks.len(), |index| {
-        let mut chunk = chunks[index].lock().unwrap_or_else(PoisonError::into_inner);
-        task(index, &mut chunk);
+    let (start, len) = (Start(data.as_mut_ptr()), data.len());
+    run(len.div_ceil(chunk), |index| {
+        let first = index * chunk;
+        #[expect(unsafe_code, reason = "chunks handed out to threads without a lock or a list of them")]
+        // SAFETY: `data` is borrowed exclusively until `run` returns; `run` calls each index below `⌈len / chunk⌉` once, and
+        // the chunks `first..first + chunk` of different indices do not overlap and end with the data.
+        let chunk = unsafe { std::slice::from_raw_parts_mut(start.at(first), chunk.min(len - first)) };
+        task(index, chunk);
     });
+}
+
+/// Where data begins whose chunks go to several threads.
+struct Start<T>(*mut T);
+
+#[expect(unsafe_code, reason = "see `for_each_chunk`")]
+// SAFETY: used for nothing but handing out disjoint exclusive borrows, which `T: Send` allows.
+unsafe impl<T: Send> Sync for Start<T> {}
+
+impl<T> Start<T> {
+    /// The element at `index`, which must be one of the data.
+    fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
 }
 
 /// The pool of the process.

@@ -150,13 +150,13 @@ impl Attend<'_> {
             sum,
         };
 
-        let mut keys = self.visible(tokens.clone());
+        let keys = self.visible(tokens.clone());
         if plan.tokens == 1 {
             let first = keys.start + part * PART;
-            keys = first..(first + PART).min(keys.end);
+            return self.absorb_cached(head, first..(first + PART).min(keys.end), q, scores, rows_state);
         }
-        // From here on the fresh keys are read; a single token reads its own from the cache as well.
-        let fresh = if plan.tokens == 1 { keys.end } else { self.start };
+        // From here on the fresh keys are read.
+        let fresh = self.start;
         let mut first = keys.start;
         while first < keys.end {
             let limit = if first < fresh {
@@ -209,6 +209,25 @@ impl Attend<'_> {
             dense::gemm(1.0, MatRef::row_major(scores, rows, block.len()), values, 1.0, o);
             first = block.end;
         }
+    }
+
+    /// A part of the keys, for the only token: everything comes from the cache as it is stored.
+    fn absorb_cached(
+        &self,
+        head: usize,
+        keys: Range<usize>,
+        q: &[f32],
+        scores: &mut Vec<f32>,
+        mut rows: RowStates<'_>,
+    ) {
+        let (dim, softcap) = (self.config.head_dim, self.config.softcap);
+        let (k, v) = self.cache.rows(head, keys.clone());
+        let scores = sized(scores, q.len() / dim * keys.len());
+        nash_kernels::dot_rows(q, k, dim, self.config.scale, scores);
+        for (row, scores) in scores.chunks_exact_mut(keys.len()).enumerate() {
+            rows.absorb(row, dim, 0..keys.len(), softcap, scores);
+        }
+        nash_kernels::add_rows(scores, v, dim, rows.o);
     }
 
     /// Which keys of the block the query at this position sees, relative to the block.

@@ -3,6 +3,8 @@
 //! Layout per layer: `[kv_heads, capacity, head_dim]`, so that a head reads its positions as one run. Pages of
 //! positions that were never written are never touched, so a large capacity costs address space only.
 
+use std::ops::Range;
+
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
@@ -170,5 +172,12 @@ impl CachedLayer<'_> {
         let start = head * self.run + first * self.head_dim;
         self.k[start..start + k.len()].convert_to_f32_slice(k);
         self.v[start..start + v.len()].convert_to_f32_slice(v);
+    }
+
+    /// Keys and values `[positions, head_dim]` of a head as they are stored.
+    pub(crate) fn rows(&self, head: usize, positions: Range<usize>) -> (&[f16], &[f16]) {
+        let at = |p: usize| head * self.run + p * self.head_dim;
+        let range = at(positions.start)..at(positions.end);
+        (&self.k[range.clone()], &self.v[range])
     }
 }

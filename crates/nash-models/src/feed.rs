@@ -99,9 +99,12 @@ impl Mlp {
         buffers: &mut MlpScratch,
         out: &mut Vec<f32>,
     ) {
-        cx.weights.project(&self.up, &input, &mut buffers.up);
-        if let Some(gate) = &self.gate {
-            cx.weights.project(gate, &input, &mut buffers.gate);
+        match &self.gate {
+            Some(gate) => {
+                let projections = [(gate, &mut buffers.gate), (&self.up, &mut buffers.up)];
+                cx.weights.project_each(projections, &input);
+            }
+            None => cx.weights.project(&self.up, &input, &mut buffers.up),
         }
         let tokens = input.tokens();
         let activations = input.into_buffer();

@@ -135,9 +135,8 @@ impl Layer {
         let input = Input::with_buffer(normed, d, std::mem::take(&mut mlp.activations));
         let tokens = input.tokens();
         cx.tap.input(cx.layer, Site::AttnIn, normed, tokens, d);
-        cx.weights.project(&self.q, &input, q);
-        cx.weights.project(&self.k, &input, k);
-        cx.weights.project(&self.v, &input, v);
+        let projections = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
+        cx.weights.project_each(projections, &input);
         let activations = input.into_buffer();
         for (norm, x) in [(&self.q_norm, &mut *q), (&self.k_norm, &mut *k)] {
             if let Some(norm) = norm {

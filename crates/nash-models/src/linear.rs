@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use nash_core::{DType, PackedTensor, Tensor};
 use nash_kernels::dense::{self, MatMut, MatRef};
-use nash_kernels::{Activations, pool};
+use nash_kernels::{Activations, PackedRef, pool};
 
 use crate::error::Result;
 use crate::scratch::sized;
@@ -90,6 +90,10 @@ pub trait Linear: Send + Sync {
     fn cols(&self) -> usize;
     /// `y = x·Wᵀ`; x `[T, n]`, y `[T, m]`.
     fn forward(&self, input: &Input<'_>, y: &mut [f32]);
+    /// The packed matrix, if it is one: then products with one input can be shared out together.
+    fn packed(&self) -> Option<PackedRef<'_>> {
+        None
+    }
     /// Decodes row `row` to `out [n]`.
     fn row(&self, row: usize, out: &mut [f32]);
     /// Adds `g·W` to `gx`: the gradient `g [T, m]` of the outputs taken back to the inputs, `gx [T, n]`.
@@ -330,6 +334,10 @@ impl Linear for PackedLinear {
 
     fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
         nash_kernels::matmul(self.tensor.as_ref(), input.activations(), y);
+    }
+
+    fn packed(&self) -> Option<PackedRef<'_>> {
+        Some(self.tensor.as_ref())
     }
 
     fn row(&self, row: usize, out: &mut [f32]) {

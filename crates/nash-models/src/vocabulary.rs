@@ -2,7 +2,10 @@
 //! ([`VocabParts`](crate::VocabParts)): segments of columns, and in each the same ranges of rows.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::sync::Arc;
+
+use nash_kernels::{Activations, Product};
 
 use crate::backward::GradientTap;
 use crate::config::{self, ModelConfig};
@@ -26,6 +29,19 @@ struct Segment {
 struct Range {
     slot: usize,
     first: usize,
+}
+
+thread_local! {
+    /// Taken out while in use.
+    static BUFFERS: Cell<Buffers> = Cell::default();
+}
+
+/// What one token needs: outputs of all segments but the first, and their inputs.
+#[derive(Default)]
+struct Buffers {
+    parts: Vec<f32>,
+    x: Vec<f32>,
+    codes: Vec<Activations>,
 }
 
 impl Vocabulary {
@@ -79,6 +95,9 @@ impl Vocabulary {
 
     /// `y = x·Wᵀ`, `y [T, V]`.
     pub(crate) fn forward(&self, weights: &Weights, input: &Input<'_>, y: &mut [f32]) {
+        if input.tokens() == 1 && self.ranges().all(|r| weights.linear(r.slot).packed().is_some()) {
+            return self.forward_one(weights, input, y);
+        }
         let vocab = y.len() / input.tokens().max(1);
         let mut part = Vec::new();
         for (s, segment) in self.segments.iter().enumerate() {
@@ -107,6 +126,38 @@ impl Vocabulary {
                 }
             }
         }
+    }
+
+    fn ranges(&self) -> impl Iterator<Item = &Range> {
+        self.segments.iter().flat_map(|segment| &segment.ranges)
+    }
+
+    /// [`Self::forward`] of one token with packed matrices: all parts as one piece of work.
+    fn forward_one(&self, weights: &Weights, input: &Input<'_>, y: &mut [f32]) {
+        let mut buffers = BUFFERS.take();
+        let Buffers { parts, x, codes } = &mut buffers;
+        codes.resize_with(self.segments.len(), Activations::default);
+        for (segment, codes) in self.segments.iter().zip(&mut *codes) {
+            segment.gather_into(input.x(), input.cols(), x);
+            codes.quantize(x, 1, x.len());
+        }
+        let vocab = y.len();
+        let parts = sized(parts, (self.segments.len() - 1) * vocab);
+        {
+            let outputs = std::iter::once(&mut *y).chain(parts.chunks_exact_mut(vocab));
+            let segments = self.segments.iter().zip(&*codes).zip(outputs);
+            nash_kernels::matmul_each(segments.flat_map(|((segment, x), mut rest)| {
+                segment.ranges.iter().filter_map(move |range| {
+                    let w = weights.linear(range.slot).packed()?;
+                    let y = rest.split_off_mut(..w.shape().rows)?;
+                    Some(Product { w, x, y })
+                })
+            }));
+        }
+        for part in parts.chunks_exact(vocab) {
+            y.iter_mut().zip(part).for_each(|(y, part)| *y += part);
+        }
+        BUFFERS.set(buffers);
     }
 
     /// Takes the gradient `g [T, V]` of the outputs back to the inputs `x [T, d]`: adds `g·W` to `gx [T, d]`.
@@ -141,12 +192,24 @@ impl Vocabulary {
 impl Segment {
     /// The columns of the segment, `[T, c]`, of `x [T, d]`.
     fn gather<'x>(&self, x: &'x [f32], d: usize) -> Cow<'x, [f32]> {
-        let Some(columns) = &self.columns else {
+        if self.columns.is_none() {
             return x.into();
-        };
-        let rows = x.chunks_exact(d);
-        rows.flat_map(|row| columns.iter().map(|&c| row[c as usize]))
-            .collect()
+        }
+        let mut own = Vec::new();
+        self.gather_into(x, d, &mut own);
+        own.into()
+    }
+
+    /// [`Self::gather`] into a buffer.
+    fn gather_into(&self, x: &[f32], d: usize, out: &mut Vec<f32>) {
+        out.clear();
+        match &self.columns {
+            None => out.extend_from_slice(x),
+            Some(columns) => out.extend(
+                x.chunks_exact(d)
+                    .flat_map(|row| columns.iter().map(|&c| row[c as usize])),
+            ),
+        }
     }
 
     /// Adds `part [T, c]` to the columns of the segment in `x [T, d]`.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nash_kernels::pool;
+use nash_kernels::{Product, pool};
 
 use crate::error::{ModelError, Result};
 use crate::linear::{Input, Linear};
@@ -84,16 +84,38 @@ impl Weights {
 
     /// `y = x·Wᵀ + b`, `[T, m]`.
     pub(crate) fn project(&self, projection: &Projection, input: &Input<'_>, y: &mut Vec<f32>) {
-        let linear = &self.slots[projection.slot].linear;
-        let m = linear.rows();
-        let y = sized(y, input.tokens() * m);
-        linear.forward(input, y);
-        if let Some(bias) = &projection.bias {
-            pool::for_each_chunk(y, (CHUNK / m).max(1) * m, |_, rows| {
-                for row in rows.chunks_exact_mut(m) {
-                    row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
-                }
-            });
+        self.project_each([(projection, y)], input);
+    }
+
+    /// [`Self::project`] for several projections of one input; packed ones as one piece of work.
+    pub(crate) fn project_each<const N: usize>(
+        &self,
+        mut outputs: [(&Projection, &mut Vec<f32>); N],
+        input: &Input<'_>,
+    ) {
+        for (projection, y) in &mut outputs {
+            sized(y, input.tokens() * self.slots[projection.slot].linear.rows());
+        }
+        let linear = |projection: &Projection| &self.slots[projection.slot].linear;
+        if outputs.iter().all(|(p, _)| linear(p).packed().is_some()) {
+            nash_kernels::matmul_each(outputs.iter_mut().filter_map(|(p, y)| {
+                let (w, x) = (linear(p).packed()?, input.activations());
+                Some(Product { w, x, y })
+            }));
+        } else {
+            for (projection, y) in &mut outputs {
+                linear(projection).forward(input, y);
+            }
+        }
+        for (projection, y) in outputs {
+            if let Some(bias) = &projection.bias {
+                let m = bias.len();
+                pool::for_each_chunk(y, (CHUNK / m).max(1) * m, |_, rows| {
+                    for row in rows.chunks_exact_mut(m) {
+                        row.iter_mut().zip(bias.iter()).for_each(|(y, b)| *y += b);
+                    }
+                });
+            }
         }
     }
 

@@ -13,7 +13,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::x86::{code_bytes, for_width, prefetch, record_bytes, scales};
+use super::x86::{code_bytes, for_width, prefetch, prefetch_row_scales, record_bytes, scales};
 use super::{Job, Kernel, Lanes, Panel, TokenBlock};
 use crate::layout::{BLOCK, BLOCKS, CHAIN, RUN, WINDOW_BITS};
 
@@ -72,6 +72,7 @@ unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut P
 unsafe fn one_of<const BITS: usize, const REPEATS: bool>(job: &Job<'_>, tiles: Range<usize>) {
     let decoder = Decoder::<BITS, REPEATS>::new(&job.table);
     let x = job.x.block(0).0;
+    prefetch_row_scales(job, &tiles);
     for tile in tiles {
         let mut lanes = [_mm256_setzero_ps(); HALVES];
         for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {

@@ -12,10 +12,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::x86::{code_bytes, for_width, prefetch, record_bytes, scales};
+use super::x86::{code_bytes, for_width, prefetch, prefetch_row_scales, record_bytes, scales};
 use super::{Job, Kernel, Lanes, Panel, TILES, TokenBlock};
 use crate::activations::ActivationGroup;
-use crate::layout::{BLOCKS, GROUP, TILE_WEIGHTS, WINDOW_BITS};
+use crate::layout::{BLOCKS, GROUP, SCALE_UNIT, TILE_ROWS, TILE_WEIGHTS, WINDOW_BITS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
@@ -44,6 +44,7 @@ unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut P
 unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
     let decoder = Decoder::<BITS>::new(&job.table);
     let x = job.x.block(0).0;
+    prefetch_row_scales(job, &tiles);
     for tile in tiles {
         let mut lanes = _mm512_setzero_ps();
         for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
@@ -55,7 +56,35 @@ unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
             lanes = _mm512_add_ps(lanes, term);
         }
         // SAFETY: passed on.
-        unsafe { job.store(tile, 0, job.w.tile_row_scales(tile), &to_array(lanes)) }
+        unsafe { store_one(job, tile, lanes) }
+    }
+}
+
+/// [`Job::store`] of the only token, without a detour through memory where all four rows exist.
+///
+/// # Safety
+/// As [`Job::store`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_one(job: &Job<'_>, tile: usize, lanes: __m512) {
+    let first = tile * TILE_ROWS;
+    let Some(row_scales) = job.w.row_scales().get(first..first + TILE_ROWS) else {
+        // SAFETY: passed on.
+        return unsafe { job.store(tile, 0, job.w.tile_row_scales(tile), &to_array(lanes)) };
+    };
+    // SAFETY: four halves are read; `tile` is in range and all its rows exist, so that four floats from `first` on lie inside of
+    // the outputs, and no other thread has them.
+    unsafe {
+        let halves = _mm_loadl_epi64(row_scales.as_ptr().cast());
+        // Sixteen at once: what has four would need another feature.
+        let scales = _mm512_castps512_ps128(_mm512_cvtph_ps(_mm256_castsi128_si256(halves)));
+        let scales = _mm_mul_ps(scales, _mm_set1_ps(SCALE_UNIT));
+        // (lane[0] + lane[1]) + (lane[2] + lane[3]) in each row, then one value of each.
+        let pairs = _mm512_add_ps(lanes, _mm512_permute_ps::<0b10_11_00_01>(lanes));
+        let sums = _mm512_add_ps(pairs, _mm512_permute_ps::<0b01_00_11_10>(pairs));
+        let of_rows = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        let sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(of_rows, sums));
+        _mm_storeu_ps(job.y.add(first), _mm_mul_ps(scales, sums));
     }
 }
 

@@ -64,7 +64,27 @@ const TASK_BYTES: usize = 24 << 10;
 /// # Panics
 /// If `x` has another number of columns than `w`, or `y` has not `T · m` elements.
 pub fn matmul(w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
-    multiply_on(pool::global(), Isa::active(), w, x, y);
+    matmul_each([Product { w, x, y }]);
+}
+
+/// One of the products of [`matmul_each`]: `y [T, m] = x [T, n] · Wᵀ`.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// `W [m, n]`.
+    pub w: PackedRef<'a>,
+    /// `x [T, n]`.
+    pub x: &'a Activations,
+    /// `y [T, m]`, replaced.
+    pub y: &'a mut [f32],
+}
+
+/// Several products as one piece of work: threads meet once for all of them, not once for each. The results are those of
+/// [`matmul`].
+///
+/// # Panics
+/// As [`matmul`].
+pub fn matmul_each<'a>(products: impl IntoIterator<Item = Product<'a>>) {
+    multiply_on(pool::global(), Isa::active(), products);
 }
 
 /// As [`matmul`] with a given instruction set; for tests and measurements.
@@ -72,40 +92,33 @@ pub fn matmul(w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
 /// # Panics
 /// As [`matmul`], and if this CPU lacks the instruction set.
 pub fn matmul_with(isa: Isa, w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
-    multiply_on(pool::global(), isa, w, x, y);
+    multiply_on(pool::global(), isa, [Product { w, x, y }]);
 }
 
-fn multiply_on(pool: &Pool, isa: Isa, w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
-    let (shape, tokens) = (w.shape(), x.tokens());
-    assert_eq!(x.cols(), shape.cols, "columns of the activations");
-    assert_eq!(
-        Some(y.len()),
-        tokens.checked_mul(shape.rows),
-        "outputs [tokens, rows]"
-    );
-    if y.is_empty() {
-        return;
-    }
+/// Products that are shared out together, at most.
+const TOGETHER: usize = 24;
+
+fn multiply_on<'a>(pool: &Pool, isa: Isa, products: impl IntoIterator<Item = Product<'a>>) {
     let kernel = Kernel::of(isa);
-    let job = Job {
-        w,
-        x,
-        table: w.table(),
-        y: y.as_mut_ptr(),
-        _y: PhantomData,
-    };
-    let per_task = tiles_per_task(shape, tokens, pool.threads());
-    pool.run(shape.tiles().div_ceil(per_task), &|task| {
-        let tiles = task * per_task..shape.tiles().min((task + 1) * per_task);
-        // SAFETY: `Kernel::of` found the instruction set on this CPU. Tasks have disjoint tiles.
-        unsafe {
-            if tokens == 1 {
-                (kernel.one)(&job, tiles)
-            } else {
-                many(&kernel, &job, tiles)
-            }
+    let mut products = products.into_iter();
+    loop {
+        let mut jobs = [const { None }; TOGETHER];
+        let mut tasks = 0;
+        for (slot, product) in jobs.iter_mut().zip(products.by_ref()) {
+            let job = Job::new(product, tasks, pool.threads());
+            tasks = job.tasks.end;
+            *slot = Some(job);
         }
-    });
+        if jobs[0].is_none() {
+            return;
+        }
+        pool.run(tasks, &|task| {
+            if let Some(job) = jobs.iter().flatten().find(|job| job.tasks.contains(&task)) {
+                // SAFETY: `Kernel::of` found the instruction set on this CPU. Each task runs once.
+                unsafe { job.run(&kernel, task) }
+            }
+        });
+    }
 }
 
 /// Tiles that one task works on; has no influence on results.
@@ -125,13 +138,58 @@ struct Job<'a> {
     /// Outputs `[tokens, rows]`.
     y: *mut f32,
     _y: PhantomData<&'a mut [f32]>,
+    /// Which tasks of the work are its own.
+    tasks: Range<usize>,
+    tiles_per_task: usize,
 }
 
 // SAFETY: `w` and `x` are shared references to plain data; `y` is written only by `store`, whose contract
 // makes the writes of different threads disjoint.
 unsafe impl Sync for Job<'_> {}
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    /// A product whose tasks begin at number `first`.
+    fn new(product: Product<'a>, first: usize, threads: usize) -> Self {
+        let Product { w, x, y } = product;
+        let shape = w.shape();
+        assert_eq!(x.cols(), shape.cols, "columns of the activations");
+        assert_eq!(
+            Some(y.len()),
+            x.tokens().checked_mul(shape.rows),
+            "outputs [tokens, rows]"
+        );
+        let tiles_per_task = tiles_per_task(shape, x.tokens().max(1), threads);
+        let tasks = if y.is_empty() {
+            0
+        } else {
+            shape.tiles().div_ceil(tiles_per_task)
+        };
+        Job {
+            w,
+            x,
+            table: w.table(),
+            y: y.as_mut_ptr(),
+            _y: PhantomData,
+            tasks: first..first + tasks,
+            tiles_per_task,
+        }
+    }
+
+    /// # Safety
+    /// The CPU has the instruction set of the kernel; `task` is one of the job's and runs once.
+    unsafe fn run(&self, kernel: &Kernel, task: usize) {
+        let first = (task - self.tasks.start) * self.tiles_per_task;
+        let tiles = first..self.w.shape().tiles().min(first + self.tiles_per_task);
+        // SAFETY: passed on; the tiles of different tasks are disjoint.
+        unsafe {
+            if self.x.tokens() == 1 {
+                (kernel.one)(self, tiles)
+            } else {
+                many(kernel, self, tiles)
+            }
+        }
+    }
+
     /// The records of a tile: those of its groups, in order.
     fn records(&self, tile: usize) -> &[u8] {
         let shape = self.w.shape();

@@ -54,7 +54,8 @@ fn activations(x: &[f32], tokens: usize) -> Activations {
 
 fn product(pool: &Pool, isa: Isa, w: &PackedMatrix, x: &Activations) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.tokens() * w.as_ref().shape().rows];
-    multiply_on(pool, isa, w.as_ref(), x, &mut y);
+    let (w, y_of_w) = (w.as_ref(), &mut y);
+    multiply_on(pool, isa, [Product { w, x, y: y_of_w }]);
     y
 }
 
@@ -292,4 +293,37 @@ fn an_output_of_another_length_is_refused() {
     };
     let packed = pack(shape, &random(shape, 1)).unwrap();
     matmul(packed.as_ref(), &activations(&[1.0; 64], 1), &mut [0.0; 5]);
+}
+
+/// More products than are shared out together, of all widths, tokens and none, give what each gives alone.
+#[test]
+fn together_they_give_what_each_gives_alone() {
+    let mut rng = Pcg64Mcg::seed_from_u64(5);
+    let of = |i: usize| {
+        let (rows, cols) = ([1, 4, 33, 150][i % 4], [64, 100, 192][i % 3]);
+        let width = Width::ALL[i % Width::ALL.len()];
+        let shape = PackedShape { rows, cols, width };
+        let w = pack(shape, &random(shape, i as u64)).unwrap();
+        let tokens = [1, 1, 3, 0][i % 4];
+        let mut x = Activations::new();
+        x.quantize(&inputs(i % 4, tokens * cols, &mut rng), tokens, cols);
+        (w, x)
+    };
+    let all: Vec<_> = (0..2 * TOGETHER + 3).map(of).collect();
+    for threads in [1, 3] {
+        let pool = Pool::new(threads);
+        for isa in Isa::available() {
+            let size = |(w, x): &(PackedMatrix, Activations)| w.as_ref().shape().rows * x.tokens();
+            let mut together: Vec<Vec<f32>> = all.iter().map(|one| vec![f32::NAN; size(one)]).collect();
+            let products = all.iter().zip(&mut together);
+            multiply_on(
+                &pool,
+                isa,
+                products.map(|((w, x), y)| Product { w: w.as_ref(), x, y }),
+            );
+            for ((w, x), y) in all.iter().zip(&together) {
+                assert_eq!(bits(y), bits(&product(&pool, isa, w, x)), "{}", isa.name());
+            }
+        }
+    }
 }
