@@ -143,6 +143,14 @@ mod tests {
         );
     }
 
+    /// So a run that forces an instruction set by the variable fails where the CPU, or the emulator, lacks it.
+    #[test]
+    fn what_the_variable_asks_for_is_active() {
+        if let Some(isa) = Isa::from_env().unwrap() {
+            assert_eq!(Isa::active(), isa);
+        }
+    }
+
     #[test]
     fn the_best_is_the_last_available() {
         assert_eq!(Isa::available().last(), Some(&Isa::best()));

@@ -1,10 +1,10 @@
 //! Kernels for AArch64 with NEON and dot products (FEAT_DotProd).
 //!
 //! A register holds 16 columns of one row, one chain in each half; a record is 16 of them. `tbl` puts the two bytes that hold the window of
-//! an even code into each 16-bit word, from two planes where a block reaches into the next; the same for odd codes (but at 5 bits they are
-//! the same bytes, and one `tbl` does). `ushl` shifts every word by its own count, `sri` joins both, and `tbl` with four registers looks
-//! 16 windows up in all 64 entries: an index beyond them gives 0, so bits above the window are masked. `sdot` multiplies signed bytes, so
-//! weights are plain values, and the sums of a group end as `[row][lane]`.
+//! an even code into each 16-bit word, from two planes where a block reaches into the next; the same for odd codes, whose windows are
+//! in the same two bytes except at 5 bits. `ushl` shifts every word by its own count, `usra` joins both, and `tbl` with four registers
+//! looks 16 windows up in all 64 entries. `sdot` multiplies signed bytes, so weights are plain values, and the sums of a group end
+//! as `[row][lane]`.
 
 use std::arch::aarch64::*;
 use std::ops::Range;
@@ -20,14 +20,14 @@ pub(super) const KERNEL: Kernel = Kernel {
     tiles: 1,
 };
 
-/// Repeats `$body` for the four blocks of a group, with their number as the constant `$q`.
-macro_rules! for_blocks {
-    ($q:ident => $body:block) => {
-        for_blocks!($q => $body, 0 1 2 3)
+/// Repeats `$body` for the four rows of a tile or the four blocks of a group, with their number as the constant `$index`.
+macro_rules! for_four {
+    ($index:ident => $body:block) => {
+        for_four!($index => $body, 0 1 2 3)
     };
-    ($q:ident => $body:block, $($number:literal)*) => {
+    ($index:ident => $body:block, $($number:literal)*) => {
         $({
-            const $q: usize = $number;
+            const $index: usize = $number;
             $body
         })*
     };
@@ -64,11 +64,11 @@ unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
         let mut totals = [vdupq_n_f32(0.0); TILE_ROWS];
         for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
             let mut sums = [vdupq_n_s32(0); TILE_ROWS];
-            for_blocks!(Q => {
-                let codes = load(&x.codes.as_chunks().0[Q]);
-                for (sums, weights) in sums.iter_mut().zip(decoder.block::<Q>(record)) {
-                    *sums = dot(*sums, weights, codes);
-                }
+            for_four!(R => {
+                for_four!(Q => {
+                    let codes = load(&x.codes.as_chunks().0[Q]);
+                    sums[R] = dot(sums[R], decoder.row::<Q>(record, R), codes);
+                });
             });
             add_terms(&mut totals, &sums, scales::<BITS>(record), x.scale);
         }
@@ -85,11 +85,11 @@ fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>
     let panel = panel.weights.iter_mut().zip(&mut panel.scales);
     for (record, (weights, scale)) in records.chunks_exact(bytes).zip(panel) {
         let blocks = weights.as_chunks_mut::<BLOCK>().0.as_chunks_mut::<TILE_ROWS>().0;
-        for_blocks!(Q => {
-            for (out, weights) in blocks[Q].iter_mut().zip(decoder.block::<Q>(record)) {
+        for_four!(R => {
+            for_four!(Q => {
                 // SAFETY: 16 bytes are written to an array of 16 bytes.
-                unsafe { vst1q_s8(out.as_mut_ptr().cast(), weights) }
-            }
+                unsafe { vst1q_s8(blocks[Q][R].as_mut_ptr().cast(), decoder.row::<Q>(record, R)) }
+            });
         });
         // SAFETY: 16 bytes are written to an array of four floats.
         unsafe { vst1q_f32(scale.as_mut_ptr(), scales::<BITS>(record)) }
@@ -106,8 +106,10 @@ fn multiply_of<const TOKENS: usize>(
 ) {
     let mut totals = [[vdupq_n_f32(0.0); TILE_ROWS]; TOKENS];
     for (totals, lanes) in totals.iter_mut().zip(&*lanes) {
-        // SAFETY: an array of 16 floats is read, row by row.
-        *totals = std::array::from_fn(|r| unsafe { vld1q_f32(lanes[4 * r..].as_ptr()) });
+        for (total, lanes) in totals.iter_mut().zip(lanes.as_chunks::<4>().0) {
+            // SAFETY: an array of four floats is read.
+            *total = unsafe { vld1q_f32(lanes.as_ptr()) };
+        }
     }
     let groups = x.groups.chunks_exact(x.tokens);
     for (x, (weights, scales)) in groups.zip(panel.weights.iter().zip(&panel.scales)) {
@@ -117,7 +119,8 @@ fn multiply_of<const TOKENS: usize>(
         let mut sums = [[vdupq_n_s32(0); TILE_ROWS]; TOKENS];
         for (part, weights) in weights.as_chunks::<BLOCK>().0.iter().enumerate() {
             let (q, r) = (part / TILE_ROWS, part % TILE_ROWS);
-            let weights = load(&weights.map(u8::cast_signed));
+            // SAFETY: an array of 16 bytes is read.
+            let weights = unsafe { vld1q_s8(weights.as_ptr().cast()) };
             for (sums, x) in sums.iter_mut().zip(x) {
                 sums[r] = dot(sums[r], weights, load(&x.codes.as_chunks().0[q]));
             }
@@ -136,6 +139,8 @@ fn multiply_of<const TOKENS: usize>(
 /// Turns codes into values; see the module.
 struct Decoder<const BITS: usize> {
     table: int8x16x4_t,
+    /// For even and for odd codes.
+    shifts: [int16x8_t; 2],
 }
 
 impl<const BITS: usize> Decoder<BITS> {
@@ -155,49 +160,57 @@ impl<const BITS: usize> Decoder<BITS> {
     #[inline]
     #[target_feature(enable = "neon")]
     fn new(table: &[i8; 64]) -> Self {
-        // SAFETY: an array of 64 bytes is read.
-        let table = unsafe { vld1q_s8_x4(table.as_ptr()) };
-        Decoder { table }
+        // Hidden from the compiler, which would undo `usra` if it knew the counts.
+        let [even, odd] = std::hint::black_box(Self::SHIFTS);
+        // SAFETY: arrays of 64 and 16 bytes are read.
+        unsafe {
+            Decoder {
+                table: vld1q_s8_x4(table.as_ptr()),
+                shifts: [vld1q_s16(even.as_ptr()), vld1q_s16(odd.as_ptr())],
+            }
+        }
     }
 
-    /// The weights of block `Q`, 16 columns of a row in each register.
+    /// The weights of row `r` in block `Q`: 16 columns.
     #[inline]
     #[target_feature(enable = "neon")]
-    fn block<const Q: usize>(&self, record: &[u8]) -> [int8x16_t; TILE_ROWS] {
-        assert!(record.len() == record_bytes(BITS));
-        // The chains of row `r` in plane `p`, with zeros after those of a half plane.
-        let plane = |r: usize, p: usize| {
-            let plane = &record[64 * p..code_bytes(BITS)];
-            match plane.len() {
-                // SAFETY: a quarter of the 32 bytes is read.
-                32 => vcombine_u8(unsafe { vld1_u8(plane[8 * r..].as_ptr()) }, vdup_n_u8(0)),
-                // SAFETY: a quarter of the first 64 bytes is read.
-                _ => unsafe { vld1q_u8(plane[16 * r..].as_ptr()) },
-            }
+    fn row<const Q: usize>(&self, record: &[u8], r: usize) -> int8x16_t {
+        if BITS == 8 {
+            return vreinterpretq_s8_u8(veorq_u8(plane::<BITS>(record, Q, r), vdupq_n_u8(0x80)));
+        }
+        let (even, odd) = (self.words::<Q>(record, r, 0), self.words::<Q>(record, r, 1));
+        let odd = vandq_u16(odd, vdupq_n_u16(0x3f00));
+        vqtbl4q_s8(self.table, vreinterpretq_u8_u16(vsraq_n_u16::<10>(odd, even)))
+    }
+
+    /// The windows of the even or odd codes of row `r` in block `Q`, at bit 10 or 8 of their words.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn words<const Q: usize>(&self, record: &[u8], r: usize, parity: usize) -> uint16x8_t {
+        // SAFETY: an array of 16 bytes is read.
+        let pick = unsafe { vld1q_u8(Self::PICKS[Q][parity].as_ptr()) };
+        let (p, end) = (BITS * Q / 8, (8 * BITS * Q + 7 * BITS + WINDOW_BITS).div_ceil(8));
+        let first = plane::<BITS>(record, p, r);
+        let picked = if end > 8 * (p + 1) && 8 * (p + 1) < chain_bytes(BITS) {
+            vqtbl2q_u8(uint8x16x2_t(first, plane::<BITS>(record, p + 1, r)), pick)
+        } else {
+            vqtbl1q_u8(first, pick)
         };
-        std::array::from_fn(|r| {
-            if BITS == 8 {
-                return vreinterpretq_s8_u8(veorq_u8(plane(r, Q), vdupq_n_u8(0x80)));
-            }
-            let (p, end) = (BITS * Q / 8, (8 * BITS * Q + 7 * BITS + WINDOW_BITS).div_ceil(8));
-            let [even, odd] = [0, 1].map(|parity| {
-                // SAFETY: arrays of 16 bytes are read.
-                let (pick, shift) = unsafe {
-                    (
-                        vld1q_u8(Self::PICKS[Q][parity].as_ptr()),
-                        vld1q_s16(Self::SHIFTS[parity].as_ptr()),
-                    )
-                };
-                let picked = if end > 8 * (p + 1) && 8 * (p + 1) < chain_bytes(BITS) {
-                    vqtbl2q_u8(uint8x16x2_t(plane(r, p), plane(r, p + 1)), pick)
-                } else {
-                    vqtbl1q_u8(plane(r, p), pick)
-                };
-                vshlq_u16(vreinterpretq_u16_u8(picked), shift)
-            });
-            let windows = vreinterpretq_u8_u16(vsriq_n_u16::<10>(odd, even));
-            vqtbl4q_s8(self.table, vandq_u8(windows, vdupq_n_u8(0x3f)))
-        })
+        vshlq_u16(vreinterpretq_u16_u8(picked), self.shifts[parity])
+    }
+}
+
+/// The chains of row `r` in plane `p`, with zeros after those of a half plane.
+#[inline]
+#[target_feature(enable = "neon")]
+fn plane<const BITS: usize>(record: &[u8], p: usize, r: usize) -> uint8x16_t {
+    assert!(record.len() == record_bytes(BITS) && r < TILE_ROWS);
+    let plane = &record[64 * p..code_bytes(BITS)];
+    match plane.len() {
+        // SAFETY: a quarter of the 32 bytes is read.
+        32 => vcombine_u8(unsafe { vld1_u8(plane[8 * r..].as_ptr()) }, vdup_n_u8(0)),
+        // SAFETY: a quarter of the first 64 bytes is read.
+        _ => unsafe { vld1q_u8(plane[16 * r..].as_ptr()) },
     }
 }
 
@@ -211,7 +224,7 @@ const fn picked_from(bits: usize, parity: usize, word: usize) -> usize {
     }
 }
 
-/// For block `q` and the even or odd codes of two chains: where [`Decoder::block`]'s planes hold the two bytes with each window;
+/// For block `q` and the even or odd codes of two chains: where [`Decoder::words`]'s planes hold the two bytes with each window;
 /// beyond the end of the chain an index that gives zero.
 const fn pick(bits: usize, q: usize, parity: usize) -> [u8; BLOCK] {
     let mut indices = [u8::MAX; BLOCK];
