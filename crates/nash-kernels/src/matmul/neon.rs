@@ -5,6 +5,9 @@
 //! in the same two bytes except at 5 bits. `ushl` shifts every word by its own count, `usra` joins both, and `tbl` with four registers
 //! looks 16 windows up in all 64 entries. `sdot` multiplies signed bytes, so weights are plain values, and the sums of a group end
 //! as `[row][lane]`.
+//!
+//! Counted, not timed (this never ran on real hardware): the loop of [`one`] has 149, 153, 152 and 67 instructions per record of 256
+//! weights at 2, 3, 4 and 8 bits, as compiled by Rust 1.95. For the same reason there is no prefetch: whether it pays is not known.
 
 use std::arch::aarch64::*;
 use std::ops::Range;
@@ -292,7 +295,7 @@ fn load(codes: &[i8; BLOCK]) -> int8x16_t {
     unsafe { vld1q_s8(codes.as_ptr()) }
 }
 
-/// Adds products of weights and activations to sums, in fours: `vdotq_s32`, which Rust 1.95 does not have yet.
+/// Adds products of weights and activations to sums, in fours: `vdotq_s32`, which is not stable in Rust 1.95.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn dot(mut sums: int32x4_t, weights: int8x16_t, codes: int8x16_t) -> int32x4_t {
