@@ -4,6 +4,7 @@ mod bench_peers;
 mod get_models;
 mod offgrid;
 mod synthetic;
+mod test_neon;
 
 use std::path::PathBuf;
 
@@ -58,6 +59,12 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
+    /// Run the tests of the packed kernels for AArch64 on an emulator (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)
+    TestNeon {
+        /// Where a tool is missing, say so and succeed
+        #[arg(long)]
+        skip_if_missing: bool,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -71,5 +78,6 @@ fn main() -> anyhow::Result<()> {
             layers,
             seed,
         } => synthetic::run(shape, layers, seed, &dir),
+        Command::TestNeon { skip_if_missing } => test_neon::run(skip_if_missing),
     }
 }

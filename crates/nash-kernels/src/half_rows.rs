@@ -173,9 +173,8 @@ unsafe fn add_of<F: Floats, const G: usize>(weights: &[f32], rows: &[f16], dim: 
         // SAFETY: the instruction set is the caller's promise; sixteen values are read where there are sixteen, else from padded
         // copies.
         unsafe {
-            let mut sums: [F; G] = std::array::from_fn(|g| {
-                F::load(padded(&out[g * dim + at..][..width], 0.0).as_ptr())
-            });
+            let mut sums: [F; G] =
+                std::array::from_fn(|g| F::load(padded(&out[g * dim + at..][..width], 0.0).as_ptr()));
             for (p, row) in rows.chunks_exact(dim).enumerate() {
                 let v = if width == LANES {
                     F::of_half(row.as_ptr().add(at))
@@ -377,10 +376,7 @@ mod x86 {
         unsafe fn of_half(from: *const f16) -> Self {
             // SAFETY: see `zero`.
             unsafe {
-                let halves = [
-                    _mm_loadu_si128(from.cast()),
-                    _mm_loadu_si128(from.add(8).cast()),
-                ];
+                let halves = [_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast())];
                 Pair([_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])])
             }
         }

@@ -17,6 +17,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VBMI, VBMI2 and VNNI (Intel since Ice Lake, AMD since Zen 4).
     Avx512,
+    /// AArch64 (little-endian) with NEON and its dot products (FEAT_DotProd: since Cortex-A55/A75, Neoverse N1, Apple A13/M1).
+    Neon,
 }
 
 /// Why the instruction set asked for by `NASHSWARM_ISA` cannot be used.
@@ -24,7 +26,7 @@ pub enum Isa {
 #[non_exhaustive]
 pub enum IsaError {
     /// The name is not one of the known ones.
-    #[error("NASHSWARM_ISA={name} is unknown; use portable, avx2 or avx512")]
+    #[error("NASHSWARM_ISA={name} is unknown; use portable, avx2, avx512 or neon")]
     Unknown {
         /// The value found.
         name: String,
@@ -39,7 +41,7 @@ pub enum IsaError {
 
 impl Isa {
     /// All instruction sets, best last.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon];
 
     /// The name that `NASHSWARM_ISA` knows it by.
     pub const fn name(self) -> &'static str {
@@ -47,6 +49,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
         }
     }
 
@@ -66,6 +69,10 @@ impl Isa {
             }
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => false,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => false,
         }
     }
 
@@ -134,6 +141,14 @@ mod tests {
             Isa::from_name("AVX9"),
             Err(IsaError::Unknown { name: "AVX9".into() })
         );
+    }
+
+    /// So a run that forces an instruction set by the variable fails where the CPU, or the emulator, lacks it.
+    #[test]
+    fn what_the_variable_asks_for_is_active() {
+        if let Some(isa) = Isa::from_env().unwrap() {
+            assert_eq!(Isa::active(), isa);
+        }
     }
 
     #[test]

@@ -86,7 +86,10 @@ pub fn for_each_chunk<T: Send>(data: &mut [T], chunk: usize, task: impl Fn(usize
     let (start, len) = (Start(data.as_mut_ptr()), data.len());
     run(len.div_ceil(chunk), |index| {
         let first = index * chunk;
-        #[expect(unsafe_code, reason = "chunks handed out to threads without a lock or a list of them")]
+        #[expect(
+            unsafe_code,
+            reason = "chunks handed out to threads without a lock or a list of them"
+        )]
         // SAFETY: `data` is borrowed exclusively until `run` returns; `run` calls each index below `⌈len / chunk⌉` once, and
         // the chunks `first..first + chunk` of different indices do not overlap and end with the data.
         let chunk = unsafe { std::slice::from_raw_parts_mut(start.at(first), chunk.min(len - first)) };

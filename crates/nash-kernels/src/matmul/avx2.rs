@@ -13,9 +13,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::x86::{code_bytes, for_width, prefetch, prefetch_row_scales, record_bytes, scales};
+use super::common::{begin, by_two_tokens, chain_bytes, code_bytes, for_width, record_bytes};
+use super::x86::{prefetch, prefetch_row_scales, scales};
 use super::{Job, Kernel, Lanes, Panel, TokenBlock};
-use crate::layout::{BLOCK, BLOCKS, CHAIN, RUN, WINDOW_BITS};
+use crate::layout::{BLOCK, BLOCKS, WINDOW_BITS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
@@ -120,18 +121,8 @@ fn decode_of<const BITS: usize, const REPEATS: bool>(
 /// # Safety
 /// The CPU has AVX2.
 unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
-    for (panel, lanes) in panels.iter().zip(lanes) {
-        let lanes = &mut lanes.0[x.first..][..x.tokens];
-        let mut pairs = lanes.as_chunks_mut::<2>();
-        for (pair, lanes) in pairs.0.iter_mut().enumerate() {
-            // SAFETY: passed on.
-            unsafe { multiply_of::<2>(panel, x, 2 * pair, lanes) }
-        }
-        if let [last] = &mut pairs.1 {
-            // SAFETY: passed on.
-            unsafe { multiply_of::<1>(panel, x, x.tokens - 1, std::array::from_mut(last)) }
-        }
-    }
+    // SAFETY: passed on.
+    unsafe { by_two_tokens((multiply_of, multiply_of), panels, x, lanes) }
 }
 
 /// Adds the products of a panel with `TOKENS` tokens of the block, from `from` on, to their lanes.
@@ -262,16 +253,6 @@ impl<const BITS: usize, const REPEATS: bool> Decoder<BITS, REPEATS> {
 /// Whether the table is 16 entries four times. Also at 8 bits, which have none.
 fn repeats(table: &[i8; 64]) -> bool {
     table[16..] == table[..48]
-}
-
-/// Bytes of a chain.
-const fn chain_bytes(bits: usize) -> usize {
-    CHAIN / 8 * bits
-}
-
-/// The bit in its run at which the even (`parity` 0) or odd code of word `word` of two chains begins.
-const fn begin(bits: usize, parity: usize, word: usize) -> usize {
-    bits * (2 * word % RUN + parity)
 }
 
 /// For block `q` and the even or odd codes of two chains: which byte of [`Decoder::part`]'s words holds the begin of each window, and

@@ -12,7 +12,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::x86::{code_bytes, for_width, prefetch, prefetch_row_scales, record_bytes, scales};
+use super::common::{code_bytes, for_width, record_bytes};
+use super::x86::{prefetch, prefetch_row_scales, scales};
 use super::{Job, Kernel, Lanes, Panel, TILES, TokenBlock};
 use crate::activations::ActivationGroup;
 use crate::layout::{BLOCKS, GROUP, SCALE_UNIT, TILE_ROWS, TILE_WEIGHTS, WINDOW_BITS};

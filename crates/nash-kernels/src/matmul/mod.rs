@@ -34,6 +34,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod common;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -271,6 +275,8 @@ impl Kernel {
             Isa::Avx512 => avx512::KERNEL,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::KERNEL,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::KERNEL,
             _ => portable::KERNEL,
         }
     }

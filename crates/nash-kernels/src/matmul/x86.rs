@@ -4,35 +4,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Job;
+use super::common::code_bytes;
 use crate::layout::TILE_ROWS;
 
 /// How far ahead of the stream to prefetch, in bytes.
 const AHEAD: usize = 2048;
-
-/// Calls `$function::<bits>` or `$function::<bits, flag>` for the width of the job.
-macro_rules! for_width {
-    ($function:ident $(<$flag:literal>)?, $job:expr $(, $argument:expr)*) => {
-        match $job.w.shape().width.bits() {
-            2 => $function::<2 $(, $flag)?>($job $(, $argument)*),
-            3 => $function::<3 $(, $flag)?>($job $(, $argument)*),
-            4 => $function::<4 $(, $flag)?>($job $(, $argument)*),
-            5 => $function::<5 $(, $flag)?>($job $(, $argument)*),
-            6 => $function::<6 $(, $flag)?>($job $(, $argument)*),
-            _ => $function::<8 $(, $flag)?>($job $(, $argument)*),
-        }
-    };
-}
-pub(super) use for_width;
-
-/// Bytes of codes in a record of a width.
-pub(super) const fn code_bytes(bits: usize) -> usize {
-    32 * bits
-}
-
-/// Bytes of a record of a width.
-pub(super) const fn record_bytes(bits: usize) -> usize {
-    code_bytes(bits) + TILE_ROWS
-}
 
 /// The four scale codes of a record as floats.
 #[inline]

@@ -1,0 +1,69 @@
+//! What the kernels of vector instruction sets share, whatever the architecture.
+
+use super::{Lanes, Panel, TokenBlock};
+use crate::layout::{CHAIN, RUN, TILE_ROWS};
+
+/// Calls `$function::<bits>` or `$function::<bits, flag>` for the width of the job.
+macro_rules! for_width {
+    ($function:ident $(<$flag:literal>)?, $job:expr $(, $argument:expr)*) => {
+        match $job.w.shape().width.bits() {
+            2 => $function::<2 $(, $flag)?>($job $(, $argument)*),
+            3 => $function::<3 $(, $flag)?>($job $(, $argument)*),
+            4 => $function::<4 $(, $flag)?>($job $(, $argument)*),
+            5 => $function::<5 $(, $flag)?>($job $(, $argument)*),
+            6 => $function::<6 $(, $flag)?>($job $(, $argument)*),
+            _ => $function::<8 $(, $flag)?>($job $(, $argument)*),
+        }
+    };
+}
+pub(super) use for_width;
+
+/// Bytes of codes in a record of a width.
+pub(super) const fn code_bytes(bits: usize) -> usize {
+    32 * bits
+}
+
+/// Bytes of a record of a width.
+pub(super) const fn record_bytes(bits: usize) -> usize {
+    code_bytes(bits) + TILE_ROWS
+}
+
+/// Bytes of a chain of a width.
+pub(super) const fn chain_bytes(bits: usize) -> usize {
+    CHAIN / 8 * bits
+}
+
+/// The bit in its run at which the even (`parity` 0) or odd code begins that belongs to 16-bit word `word` of a register:
+/// 16 columns of a row, two of them in each word.
+pub(super) const fn begin(bits: usize, parity: usize, word: usize) -> usize {
+    bits * (2 * word % RUN + parity)
+}
+
+/// Adds the products of a panel with `TOKENS` tokens of the block, from the given one on, to their lanes.
+pub(super) type MultiplyOf<const TOKENS: usize> =
+    unsafe fn(&Panel, &TokenBlock<'_>, usize, &mut [[f32; 16]; TOKENS]);
+
+/// A kernel's `multiply`, by two tokens of one panel at a time.
+///
+/// # Safety
+/// The CPU has what `two` and `last` need.
+#[inline]
+pub(super) unsafe fn by_two_tokens(
+    (two, last): (MultiplyOf<2>, MultiplyOf<1>),
+    panels: &[Panel],
+    x: &TokenBlock<'_>,
+    lanes: &mut [Lanes],
+) {
+    for (panel, lanes) in panels.iter().zip(lanes) {
+        let lanes = &mut lanes.0[x.first..][..x.tokens];
+        let (pairs, rest) = lanes.as_chunks_mut();
+        for (pair, lanes) in pairs.iter_mut().enumerate() {
+            // SAFETY: passed on.
+            unsafe { two(panel, x, 2 * pair, lanes) }
+        }
+        if let [lanes] = rest {
+            // SAFETY: passed on.
+            unsafe { last(panel, x, x.tokens - 1, std::array::from_mut(lanes)) }
+        }
+    }
+}
