@@ -61,8 +61,13 @@ pub(crate) fn load(name: &Path, ui: &Ui) -> anyhow::Result<Loaded> {
     ui.begin(&format!("loading {}", name.display()), 0, Unit::Steps);
     let start = Instant::now();
     let (path, file) = open(name)?;
-    let model = Model::load(&file).with_context(|| format!("cannot load {}", path.display()))?;
-    let tokenizer = Tokenizer::from_model(&file)
+    let (model, tokenizer) = std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::from_model(&file));
+        (Model::load(&file), tokenizer.join())
+    });
+    let model = model.with_context(|| format!("cannot load {}", path.display()))?;
+    let tokenizer = tokenizer
+        .map_err(|_| anyhow::anyhow!("reading the tokenizer panicked"))?
         .with_context(|| format!("cannot read the tokenizer of {}", path.display()))?;
     nash_kernels::heap::release_free_pages();
     let load_seconds = start.elapsed().as_secs_f64();

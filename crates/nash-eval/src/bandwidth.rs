@@ -7,20 +7,28 @@ use rayon::prelude::*;
 /// Bytes read; far beyond any last-level cache.
 const BYTES: usize = 512 << 20;
 
-/// Bytes per second of plain reads with the threads of [`nash_kernels::pool`] (rayon's are as many), the best of `repeats` passes over 512 MB.
-///
-/// The best, not the median: it is used as a ceiling.
-pub fn read_bandwidth(repeats: usize) -> f64 {
-    let words: Vec<u64> = (0..BYTES / 8).into_par_iter().map(|i| i as u64).collect();
-    let part = words.len().div_ceil(rayon::current_num_threads() * 4);
-    (0..repeats.max(1))
-        .map(|_| {
-            let start = Instant::now();
-            let sum: u64 = words.par_chunks(part).map(sum).reduce(|| 0, u64::wrapping_add);
-            std::hint::black_box(sum);
-            BYTES as f64 / start.elapsed().as_secs_f64()
-        })
-        .fold(0.0, f64::max)
+/// Memory to be read, 512 MB of it. The bandwidth of a shared machine changes from second to second, so passes belong between the
+/// measurements they are compared with.
+pub struct ReadBandwidth {
+    words: Vec<u64>,
+}
+
+impl ReadBandwidth {
+    /// Fills the memory.
+    #[expect(clippy::new_without_default, reason = "a costly thing is not made by default")]
+    pub fn new() -> Self {
+        let words = (0..BYTES / 8).into_par_iter().map(|i| i as u64).collect();
+        Self { words }
+    }
+
+    /// Bytes per second of one pass of plain reads with the threads of [`nash_kernels::pool`] (rayon's are as many).
+    pub fn pass(&self) -> f64 {
+        let part = self.words.len().div_ceil(rayon::current_num_threads() * 4);
+        let start = Instant::now();
+        let parts = self.words.par_chunks(part).map(sum);
+        std::hint::black_box(parts.reduce(|| 0, u64::wrapping_add));
+        BYTES as f64 / start.elapsed().as_secs_f64()
+    }
 }
 
 /// Eight sums at a time, so that the adds are not what is measured.
@@ -46,7 +54,7 @@ mod tests {
 
     #[test]
     fn is_a_plausible_rate() {
-        let rate = read_bandwidth(1);
+        let rate = ReadBandwidth::new().pass();
         // Slower than a disk or faster than on-package memory would mean that something else was measured.
         assert!((0.2e9..5e12).contains(&rate), "{rate}");
     }

@@ -7,7 +7,7 @@
 //! - [`Windows`]: the text windows and positions that `llama-perplexity` scores.
 //! - [`perplexity`], [`compare()`]: one pass over the windows, logits in row blocks, sums in `f64`.
 //! - [`glue`]: sentence tasks by log-likelihood; accuracy, F1, Matthews correlation, agreement.
-//! - [`speed()`], [`read_bandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
+//! - [`speed()`], [`ReadBandwidth`], [`memory`]: tokens per second, bytes per second, resident bytes.
 //! - [`routing`]: cost, balance and regret of routing tokens to experts, on synthetic scores.
 //! - [`report`]: the serialisable results; their field names are stable, scripts rely on them.
 //!
@@ -27,7 +27,7 @@ mod speed;
 pub mod stats;
 mod windows;
 
-pub use bandwidth::read_bandwidth;
+pub use bandwidth::ReadBandwidth;
 pub use compare::{Progress, compare, perplexity};
 pub use error::EvalError;
 pub use model::ModelScorer;

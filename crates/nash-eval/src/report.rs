@@ -76,16 +76,21 @@ pub struct SizeReport {
 /// Tokens per second, medians over the repeats.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpeedReport {
-    /// Prompt tokens per second, all in one pass from an empty cache.
+    /// Prompt tokens per second, all in one pass.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_tokens_per_second: Option<f64>,
-    /// Generated tokens per second, one by one from an empty cache.
+    /// Generated tokens per second, one by one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_second: Option<f64>,
     /// Tokens in the prompt.
     pub prompt_tokens: usize,
     /// Tokens generated.
     pub generated_tokens: usize,
+    /// Tokens of context before the prompt and before the first generated token.
+    pub depth: usize,
+    /// Seconds of the very first token, from weights that may still be on the disk; loading not counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token_seconds: Option<f64>,
     /// Threads of the run.
     pub threads: usize,
     /// Every prefill rate, in the order measured.
@@ -95,7 +100,10 @@ pub struct SpeedReport {
     /// Weight bytes that one generated token reads.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_per_token: Option<u64>,
-    /// Weight bytes read per second of decode as a share of the read bandwidth measured in the same run.
+    /// Bytes per second of plain reads, the median of passes between the repeats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<f64>,
+    /// Weight bytes read per second of decode as a share of that; keys and values are not counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_share: Option<f64>,
 }
@@ -254,10 +262,13 @@ mod tests {
             decode_tokens_per_second: Some(1.0),
             prompt_tokens: 1,
             generated_tokens: 1,
+            depth: 0,
+            first_token_seconds: Some(1.0),
             threads: 1,
             prefill_samples: vec![1.0],
             decode_samples: vec![1.0],
             bytes_per_token: Some(1),
+            bandwidth: Some(1.0),
             bandwidth_share: Some(1.0),
         };
         let size = SizeReport {

@@ -10,10 +10,12 @@ use crate::stats::median;
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct SpeedOptions {
-    /// Tokens of the prompt, read in one pass from an empty cache; 0 leaves prefill out.
+    /// Tokens of the prompt, read in one pass; 0 leaves prefill out.
     pub prompt_tokens: usize,
-    /// Tokens generated one by one from an empty cache; 0 leaves decode out.
+    /// Tokens generated one by one; 0 leaves decode out.
     pub generate_tokens: usize,
+    /// Tokens of context that come before either and are not timed.
+    pub depth: usize,
     /// Repeats, of which the median is reported; one more of each comes first and is not counted.
     pub repeats: usize,
 }
@@ -23,6 +25,7 @@ impl Default for SpeedOptions {
         Self {
             prompt_tokens: 512,
             generate_tokens: 128,
+            depth: 0,
             repeats: 5,
         }
     }
@@ -31,7 +34,8 @@ impl Default for SpeedOptions {
 /// Measures prefill and decode with the threads of [`nash_kernels::pool`].
 ///
 /// Prefill and decode take turns, so that a slow moment of the machine falls on both. The tokens are pseudo-random and
-/// the same in every run. `tick` is called after each pass. `bytes_per_token` and `bandwidth_share` are left to the caller.
+/// the same in every run. The first pass of all is a single token, as after a cold start. `tick` is called after each pass; bandwidths are
+/// left to the caller.
 ///
 /// # Errors
 /// If there is nothing to measure, or the model fails.
@@ -43,6 +47,7 @@ pub fn speed(
     let SpeedOptions {
         prompt_tokens: prompt,
         generate_tokens: generate,
+        depth,
         repeats,
     } = options;
     if repeats == 0 || (prompt == 0 && generate == 0) {
@@ -52,20 +57,22 @@ pub fn speed(
             repeats,
         });
     }
-    let tokens = tokens(prompt.max(generate), model.vocab());
+    let tokens = tokens(depth + prompt.max(generate), model.vocab());
+    let (context, tokens) = tokens.split_at(depth);
     let (mut prefill_samples, mut decode_samples) = (Vec::new(), Vec::new());
+    // One token warms the caches of decode as well as all of them would.
+    let first = seconds(model, &[], tokens[..1].chunks(1))?;
+    tick()?;
     for repeat in 0..=repeats {
         let warm = repeat > 0;
         if prompt > 0 {
-            let rate = prefill(model, &tokens[..prompt])?;
-            prefill_samples.extend(warm.then_some(rate));
+            let seconds = seconds(model, context, tokens[..prompt].chunks(prompt))?;
+            prefill_samples.extend(warm.then_some(prompt as f64 / seconds));
             tick()?;
         }
-        if generate > 0 {
-            // One token warms the caches of decode as well as all of them would.
-            let count = if warm { generate } else { 1 };
-            let rate = decode(model, &tokens[..count])?;
-            decode_samples.extend(warm.then_some(rate));
+        if generate > 0 && warm {
+            let seconds = seconds(model, context, tokens[..generate].chunks(1))?;
+            decode_samples.extend([generate as f64 / seconds]);
             tick()?;
         }
     }
@@ -74,33 +81,33 @@ pub fn speed(
         decode_tokens_per_second: median(&mut decode_samples.clone()),
         prompt_tokens: prompt,
         generated_tokens: generate,
+        depth,
+        first_token_seconds: Some(first),
         threads: nash_kernels::pool::threads(),
         prefill_samples,
         decode_samples,
         bytes_per_token: None,
+        bandwidth: None,
         bandwidth_share: None,
     })
 }
 
-fn prefill(model: &mut dyn Decoder, tokens: &[u32]) -> Result<f64, EvalError> {
-    model.restart(tokens.len())?;
-    let start = Instant::now();
-    model.feed(tokens)?;
-    Ok(rate(tokens.len(), start))
-}
-
-fn decode(model: &mut dyn Decoder, tokens: &[u32]) -> Result<f64, EvalError> {
-    model.restart(tokens.len())?;
-    let start = Instant::now();
-    for token in tokens {
-        model.feed(std::slice::from_ref(token))?;
+/// Seconds of feeding `parts` after `context`, whose time is not counted.
+fn seconds<'t>(
+    model: &mut dyn Decoder,
+    context: &[u32],
+    parts: impl Iterator<Item = &'t [u32]> + Clone,
+) -> Result<f64, EvalError> {
+    model.restart(context.len() + parts.clone().map(<[u32]>::len).sum::<usize>())?;
+    if !context.is_empty() {
+        model.feed(context)?;
     }
-    Ok(rate(tokens.len(), start))
-}
-
-fn rate(tokens: usize, start: Instant) -> f64 {
+    let start = Instant::now();
+    for part in parts {
+        model.feed(part)?;
+    }
     // A clock that has not moved yet must not give an infinite rate.
-    tokens as f64 / start.elapsed().as_secs_f64().max(1e-9)
+    Ok(start.elapsed().as_secs_f64().max(1e-9))
 }
 
 /// Pseudo-random tokens (the generator of Knuth's MMIX), the same in every run.
@@ -149,6 +156,7 @@ mod tests {
         let options = SpeedOptions {
             prompt_tokens: 4,
             generate_tokens: 3,
+            depth: 2,
             repeats: 2,
         };
         let report = speed(&mut fake, options, &mut || {
@@ -158,10 +166,19 @@ mod tests {
         .unwrap();
         assert_eq!(
             fake.passes,
-            [vec![4], vec![1], vec![4], vec![1, 1, 1], vec![4], vec![1, 1, 1]],
-            "warm-up, then two repeats in turn"
+            [
+                vec![1],
+                vec![2, 4],
+                vec![2, 4],
+                vec![2, 1, 1, 1],
+                vec![2, 4],
+                vec![2, 1, 1, 1]
+            ],
+            "warm-up, then two repeats in turn, each after two tokens of context"
         );
         assert_eq!(ticks, 6);
+        // A sleep is never shorter than asked for.
+        assert!(report.first_token_seconds.unwrap() >= 1e-3);
         assert_eq!(
             (report.prefill_samples.len(), report.decode_samples.len()),
             (2, 2)
@@ -177,6 +194,7 @@ mod tests {
         let options = SpeedOptions {
             prompt_tokens: 0,
             generate_tokens: 2,
+            depth: 0,
             repeats: 1,
         };
         let report = speed(&mut fake, options, &mut || Ok(())).unwrap();

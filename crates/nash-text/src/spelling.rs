@@ -32,9 +32,17 @@ impl Spelling {
     /// ids too large to be a vocabulary.
     pub(crate) fn new(origin: &Path, pipeline: &tokenizers::Tokenizer) -> Result<Spelling, TextError> {
         let decoder = Decoder::of(origin, pipeline)?;
-        let vocab = pipeline.get_model().get_vocab();
-        let added = pipeline.get_added_tokens_decoder();
-        let last = vocab.values().chain(added.keys()).copied().max();
+        let (model, added) = (pipeline.get_model(), pipeline.get_added_tokens_decoder());
+        // By number, until all are found: a list of all would be a copy of the whole vocabulary.
+        let mut left = model.get_vocab_size();
+        let mut tokens = Vec::with_capacity(left);
+        while left > 0 && tokens.len() < crate::MAX_VOCABULARY {
+            let token = model.id_to_token(tokens.len() as u32);
+            left -= usize::from(token.is_some());
+            tokens.push(token);
+        }
+        let ids = tokens.iter().rposition(Option::is_some).map(|id| id as u32);
+        let last = ids.into_iter().chain(added.keys().copied()).max();
         let size = last.map_or(0, |id| id as usize + 1);
         if size == 0 || size > crate::MAX_VOCABULARY {
             return Err(TextError::Invalid {
@@ -43,7 +51,6 @@ impl Spelling {
                 problem: format!("has ids up to {}", size.saturating_sub(1)),
             });
         }
-        let by_id: HashMap<u32, &str> = vocab.iter().map(|(token, &id)| (id, token.as_str())).collect();
         let mut spelling = Spelling {
             bytes: Vec::with_capacity(size * 8),
             ends: vec![0],
@@ -56,7 +63,7 @@ impl Spelling {
                 spelling.known[id as usize] = true;
                 spelling.special[id as usize] = token.special;
                 decoder.spell_added(&token.content, token.special, &mut spelling.bytes);
-            } else if let Some(token) = by_id.get(&id) {
+            } else if let Some(Some(token)) = tokens.get(id as usize) {
                 spelling.known[id as usize] = true;
                 decoder.spell(token, &mut spelling.bytes);
             }

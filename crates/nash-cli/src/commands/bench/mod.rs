@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand, value_parser};
 use nash_eval::report::{Report, Row};
-use nash_eval::{ModelScorer, SpeedOptions, SpeedReport, memory, read_bandwidth, speed};
+use nash_eval::stats::median;
+use nash_eval::{ModelScorer, ReadBandwidth, SpeedOptions, SpeedReport, memory, speed};
 
 use crate::args::{Json, ModelArg};
 use crate::out::say;
@@ -19,7 +20,7 @@ use crate::{format, interrupt, model};
 /// Measure prefill and decode speed, as llama-bench does
 ///
 /// Medians over the repeats; a warm-up comes first and is not counted. The share of bandwidth is the weight bytes read
-/// per second of decode over what plain reads reach in the same run. Measure on a quiet machine.
+/// per second of decode over what plain reads between the repeats reach. Measure on a quiet machine.
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
@@ -41,6 +42,9 @@ pub(crate) struct Bench {
     /// Generated tokens; 0 leaves decode out
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     n_gen: usize,
+    /// Tokens of context before both, not timed
+    #[arg(short = 'd', long, value_name = "N", default_value_t = 0)]
+    n_depth: usize,
     /// Numbers of threads [default: all cores]
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', value_parser = value_parser!(u16).range(1..))]
     threads: Vec<u16>,
@@ -86,23 +90,26 @@ impl Bench {
         let options = SpeedOptions {
             prompt_tokens: self.n_prompt,
             generate_tokens: self.n_gen,
+            depth: self.n_depth,
             repeats: self.repetitions,
         };
         let title = format!("{}, threads: {}", loaded.name(), nash_kernels::pool::threads());
         ui.begin(&title, passes(options), Unit::Steps);
+        let mut bandwidth = Bandwidth::default();
         let mut tick = || {
             ui.step(1);
+            bandwidth.pass();
             interrupt::check_measurement()
         };
         let mut scorer = ModelScorer::new(&loaded.model);
         let mut report = speed(&mut scorer, options, &mut tick)?;
-        // Before the bandwidth is measured: that takes memory of its own.
-        let (peak, resident) = (memory::peak_bytes(), memory::resident_bytes());
         if let Some(rate) = report.decode_tokens_per_second {
             let bytes = scorer.bytes_per_token();
             report.bytes_per_token = Some(bytes);
-            report.bandwidth_share = Some(rate * bytes as f64 / read_bandwidth(5));
+            report.bandwidth = bandwidth.median();
+            report.bandwidth_share = report.bandwidth.map(|reads| rate * bytes as f64 / reads);
         }
+        let (peak, resident) = bandwidth.memory;
         ui.finish();
         Ok(Row {
             name: loaded.name(),
@@ -128,6 +135,7 @@ impl Bench {
                 .arg(self.model.path())
                 .args(["--json", "-", "-t", &count.to_string()])
                 .args(["-p", &self.n_prompt.to_string(), "-n", &self.n_gen.to_string()])
+                .args(["-d", &self.n_depth.to_string()])
                 .args(["-r", &self.repetitions.to_string()])
                 .args(ui.is_quiet().then_some("--quiet"))
                 .stderr(Stdio::inherit())
@@ -144,10 +152,46 @@ impl Bench {
     }
 }
 
-/// Passes of a measurement, warm-up included.
+/// Passes of plain reads, one after each of the model's.
+#[derive(Default)]
+struct Bandwidth {
+    reads: Option<ReadBandwidth>,
+    passes: Vec<f64>,
+    ticks: usize,
+    /// Peak and resident bytes before the reads took memory of their own.
+    memory: (Option<u64>, Option<u64>),
+}
+
+impl Bandwidth {
+    fn pass(&mut self) {
+        self.ticks += 1;
+        // A first token and a warm-up come before the memory is as full as it gets.
+        if self.ticks <= 2 {
+            self.memory = (memory::peak_bytes(), memory::resident_bytes());
+            return;
+        }
+        self.read();
+    }
+
+    fn read(&mut self) {
+        let reads = self.reads.get_or_insert_with(ReadBandwidth::new);
+        self.passes.push(reads.pass());
+    }
+
+    /// Bytes per second.
+    fn median(&mut self) -> Option<f64> {
+        if self.passes.is_empty() {
+            self.read();
+        }
+        median(&mut self.passes)
+    }
+}
+
+/// Passes of a measurement, first token and warm-up included.
 fn passes(options: SpeedOptions) -> u64 {
-    let kinds = u64::from(options.prompt_tokens > 0) + u64::from(options.generate_tokens > 0);
-    kinds * (options.repeats as u64 + 1)
+    let (prefill, decode) = (options.prompt_tokens > 0, options.generate_tokens > 0);
+    let kinds = u64::from(prefill) + u64::from(decode);
+    1 + u64::from(prefill) + kinds * options.repeats as u64
 }
 
 fn print(report: &Report) {
@@ -160,6 +204,7 @@ fn print(report: &Report) {
         "of bandwidth",
         "resident",
         "load",
+        "first token",
     ]);
     for row in &report.rows {
         let Some(speed) = &row.speed else { continue };
@@ -174,7 +219,8 @@ fn print(report: &Report) {
             rate(speed.decode_tokens_per_second, &speed.decode_samples),
             share(speed),
             row.resident_memory_bytes.map(format::bytes).unwrap_or_default(),
-            format!("{:.2} s", row.load_seconds.unwrap_or_default()),
+            seconds(row.load_seconds),
+            seconds(speed.first_token_seconds),
         ]);
     }
     say!("{table}");
@@ -190,11 +236,15 @@ fn rate(median: Option<f64>, samples: &[f64]) -> String {
     format!("{median:.1} ({low:.1}–{high:.1})")
 }
 
+fn seconds(seconds: Option<f64>) -> String {
+    seconds.map(|s| format!("{s:.3} s")).unwrap_or_default()
+}
+
 fn share(speed: &SpeedReport) -> String {
-    speed
-        .bandwidth_share
-        .map(|share| format!("{:.0} %", 100.0 * share))
-        .unwrap_or_default()
+    match (speed.bandwidth_share, speed.bandwidth) {
+        (Some(share), Some(reads)) => format!("{:.0} % of {:.1} GB/s", 100.0 * share, reads / 1e9),
+        _ => String::new(),
+    }
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ impl Extent {
             chunks,
             answer_tokens,
             speed: SpeedOptions {
+                depth: 0,
                 prompt_tokens: 128,
                 generate_tokens: 32,
                 repeats,
