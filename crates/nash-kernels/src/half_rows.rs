@@ -2,7 +2,7 @@
 //! for all query heads that share them, and never become a float copy.
 //!
 //! `P` positions, `D` head dimension, `G` query heads. Sixteen lanes are summed side by side, each in order, then joined in a fixed
-//! tree; products and sums are rounded apart. So all instruction sets give the same bits, as everywhere in this crate.
+//! tree; a product and the sum it goes into are rounded once (fused). So all instruction sets give the same bits, as everywhere in this crate.
 #![expect(unsafe_code, reason = "kernels of instruction sets")]
 
 use half::f16;
@@ -73,7 +73,7 @@ trait Floats: Copy {
     unsafe fn of_half(from: *const f16) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn splat(value: f32) -> Self;
-    /// `self + a·b`, rounded twice.
+    /// `self + a·b`, rounded once.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
     unsafe fn store(self, to: *mut f32);
     /// The sums of four, each of its lanes in the tree of [`sum`].
@@ -167,30 +167,63 @@ unsafe fn products<F: Floats, const G: usize>(q: &[f32], row: &[f16]) -> [F; G] 
 /// The CPU has the instruction set of `F`; `weights [G, P]`, `out [G, D]` for `rows [P, D]`.
 #[inline(always)]
 unsafe fn add_of<F: Floats, const G: usize>(weights: &[f32], rows: &[f16], dim: usize, out: &mut [f32]) {
+    let wide = dim - dim % (CHUNKS * LANES);
+    // SAFETY: passed on.
+    unsafe {
+        for at in (0..wide).step_by(CHUNKS * LANES) {
+            add_columns::<F, G, CHUNKS>(weights, rows, (dim, at), out);
+        }
+        for at in (wide..dim).step_by(LANES) {
+            add_columns::<F, G, 1>(weights, rows, (dim, at), out);
+        }
+    }
+}
+
+/// Chunks of columns that are summed side by side: whole lines of the cache, read one after the other.
+const CHUNKS: usize = 4;
+
+/// [`add_of`] for the columns of `C` chunks from `at` on; a single chunk may reach beyond the last column.
+///
+/// # Safety
+/// As [`add_of`]; several chunks lie inside of a row.
+#[inline(always)]
+unsafe fn add_columns<F: Floats, const G: usize, const C: usize>(
+    weights: &[f32],
+    rows: &[f16],
+    (dim, at): (usize, usize),
+    out: &mut [f32],
+) {
     let positions = rows.len() / dim;
-    for at in (0..dim).step_by(LANES) {
-        let width = LANES.min(dim - at);
-        // SAFETY: the instruction set is the caller's promise; sixteen values are read where there are sixteen, else from padded
-        // copies.
-        unsafe {
-            let mut sums: [F; G] =
-                std::array::from_fn(|g| F::load(padded(&out[g * dim + at..][..width], 0.0).as_ptr()));
-            for (p, row) in rows.chunks_exact(dim).enumerate() {
-                let v = if width == LANES {
-                    F::of_half(row.as_ptr().add(at))
-                } else {
-                    F::of_half(padded(&row[at..], f16::ZERO).as_ptr())
-                };
-                for (g, sum) in sums.iter_mut().enumerate() {
-                    *sum = sum.plus_product(F::splat(weights[g * positions + p]), v);
+    let width = (C * LANES).min(dim - at);
+    let mut buffer = [[[0.0f32; LANES]; C]; G];
+    for (buffer, out) in buffer.iter_mut().zip(out.chunks_exact(dim)) {
+        buffer.as_flattened_mut()[..width].copy_from_slice(&out[at..][..width]);
+    }
+    // SAFETY: the instruction set is the caller's promise; sixteen values are read where there are sixteen, else from padded copies.
+    unsafe {
+        let mut sums: [[F; C]; G] =
+            std::array::from_fn(|g| std::array::from_fn(|c| F::load(buffer[g][c].as_ptr())));
+        for (p, row) in rows.chunks_exact(dim).enumerate() {
+            let values: [F; C] = if width == C * LANES {
+                std::array::from_fn(|c| F::of_half(row.as_ptr().add(at + c * LANES)))
+            } else {
+                [F::of_half(padded(&row[at..], f16::ZERO).as_ptr()); C]
+            };
+            for (g, sums) in sums.iter_mut().enumerate() {
+                let weight = F::splat(weights[g * positions + p]);
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = sum.plus_product(weight, value);
                 }
             }
-            for (g, lanes) in sums.into_iter().enumerate() {
-                let mut array = [0.0; LANES];
-                lanes.store(array.as_mut_ptr());
-                out[g * dim + at..][..width].copy_from_slice(&array[..width]);
+        }
+        for (sums, buffer) in sums.into_iter().zip(&mut buffer) {
+            for (sum, buffer) in sums.into_iter().zip(buffer) {
+                sum.store(buffer.as_mut_ptr());
             }
         }
+    }
+    for (buffer, out) in buffer.iter().zip(out.chunks_exact_mut(dim)) {
+        out[at..][..width].copy_from_slice(&buffer.as_flattened()[..width]);
     }
 }
 
@@ -248,12 +281,13 @@ fn add_kernel(isa: Isa, heads: usize) -> Add {
     }
 }
 
-/// What of an instruction set can be used here: AVX2 needs F16C beside it, which all but the emulated have.
+/// What of an instruction set can be used here: beside AVX2 it takes FMA and F16C, which all but emulated CPUs have with it.
 fn usable(isa: Isa) -> Isa {
     assert!(isa.is_available(), "this CPU lacks {}", isa.name());
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && !std::arch::is_x86_feature_detected!("f16c") {
-        return Isa::Portable;
+    if isa == Isa::Avx2 {
+        let both = std::arch::is_x86_feature_detected!("f16c") && std::arch::is_x86_feature_detected!("fma");
+        return if both { isa } else { Isa::Portable };
     }
     isa
 }
@@ -279,7 +313,7 @@ impl Floats for [f32; LANES] {
     }
     #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
-        std::array::from_fn(|i| self[i] + a[i] * b[i])
+        std::array::from_fn(|i| a[i].mul_add(b[i], self[i]))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -326,7 +360,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn plus_product(self, a: Self, b: Self) -> Self {
             // SAFETY: see `zero`.
-            unsafe { _mm512_add_ps(self, _mm512_mul_ps(a, b)) }
+            unsafe { _mm512_fmadd_ps(a, b, self) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -395,8 +429,8 @@ mod x86 {
             // SAFETY: see `zero`.
             unsafe {
                 Pair([
-                    _mm256_add_ps(self.0[0], _mm256_mul_ps(a.0[0], b.0[0])),
-                    _mm256_add_ps(self.0[1], _mm256_mul_ps(a.0[1], b.0[1])),
+                    _mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]),
+                    _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1]),
                 ])
             }
         }
@@ -439,7 +473,7 @@ mod x86 {
         };
     }
     kernels_pub!("avx512f", __m512, dot_avx512, add_avx512);
-    kernels_pub!("avx2,f16c", Pair, dot_avx2, add_avx2);
+    kernels_pub!("avx2,fma,f16c", Pair, dot_avx2, add_avx2);
 }
 
 #[cfg(test)]
@@ -469,7 +503,7 @@ mod tests {
                 let exact: f64 = (0..dim)
                     .map(|j| f64::from(q[g * dim + j]) * f64::from(rows[p * dim + j].to_f32()))
                     .sum();
-                // Terms of at most 1, each rounded twice and summed in ⌈dim/16⌉ + 4 steps.
+                // Terms of at most 1, summed in ⌈dim/16⌉ + 4 rounded steps, then scaled.
                 prop_assert!((f64::from(*score) - 0.5 * exact).abs() <= 2f64.powi(-24) * (dim * (dim / 16 + 8)) as f64);
             }
             let weights = noise(heads * positions, seed + 2);

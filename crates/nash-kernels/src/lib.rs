@@ -11,6 +11,7 @@
 //! * [`dot_rows`], [`add_rows`]: one token's attention over keys and values in half precision;
 //! * [`dense`]: float matrix products with results independent of the thread count;
 //! * [`pool`]: the threads behind both;
+//! * [`vectorize`]: plain loops with the registers of the CPU;
 //! * [`heap`]: memory back to the system.
 //!
 //! Shapes: `T` tokens, `m` rows (outputs), `n` columns (inputs); all matrices row-major.
@@ -27,6 +28,7 @@ mod isa;
 mod layout;
 mod matmul;
 pub mod pool;
+mod vectorize;
 
 pub use activations::Activations;
 pub use codec::{Unpacked, dequantize_row, pack, unpack};
@@ -37,3 +39,4 @@ pub use layout::{
     WINDOW_BITS, Width, chain_column,
 };
 pub use matmul::{Product, matmul, matmul_each, matmul_with};
+pub use vectorize::vectorize;

@@ -298,9 +298,8 @@ impl RowStates<'_> {
             scores.fill(0.0);
             return;
         }
-        scores.iter_mut().for_each(|s| *s = math::exp(*s - max));
         let keep = math::exp(old - max);
-        self.sum[row] = self.sum[row] * keep + math::sum(scores);
+        self.sum[row] = self.sum[row] * keep + math::exp_below(max, scores);
         self.max[row] = max;
         if keep != 1.0 {
             self.o[row * dim..(row + 1) * dim]

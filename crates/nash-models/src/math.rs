@@ -3,6 +3,8 @@
 //! `exp` is the usual range reduction with a polynomial (Cephes `expf`), 2 ulp; the library's would cost more than
 //! the matrix products of a short attention.
 
+use nash_kernels::vectorize;
+
 use crate::config::Activation;
 
 /// `e^x` to 2 ulp for |x| ≤ 87, 0 below −87.3, capped at `e^88` above.
@@ -66,12 +68,26 @@ fn gelu(x: f32) -> f32 {
 
 /// Applies the nonlinearity in place.
 pub(crate) fn activate(kind: Activation, x: &mut [f32]) {
-    match kind {
-        Activation::Silu => x.iter_mut().for_each(|v| *v *= sigmoid(*v)),
-        Activation::GeluTanh => x.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
-        Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
-        Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
-    }
+    vectorize(
+        #[inline(always)]
+        || match kind {
+            Activation::Silu => x.iter_mut().for_each(|v| *v *= sigmoid(*v)),
+            Activation::GeluTanh => x.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
+            Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
+            Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
+        },
+    );
+}
+
+/// `e^(x − max)` in place; their sum.
+pub(crate) fn exp_below(max: f32, x: &mut [f32]) -> f32 {
+    vectorize(
+        #[inline(always)]
+        || {
+            x.iter_mut().for_each(|v| *v = exp(*v - max));
+            sum(x)
+        },
+    )
 }
 
 /// Replaces every value by the derivative of the nonlinearity there.
@@ -109,6 +125,7 @@ pub(crate) fn slope(kind: Activation, x: &mut [f32]) {
 const LANES: usize = 16;
 
 /// Sum in [`LANES`] partial sums.
+#[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
     let (blocks, rest) = x.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
@@ -143,9 +160,7 @@ pub(crate) fn max(start: f32, x: &[f32]) -> f32 {
 
 /// Softmax in place. An all-−∞ row is a caller's error.
 pub(crate) fn softmax(x: &mut [f32]) {
-    let max = max(f32::NEG_INFINITY, x);
-    x.iter_mut().for_each(|v| *v = exp(*v - max));
-    let sum = sum(x);
+    let sum = exp_below(max(f32::NEG_INFINITY, x), x);
     x.iter_mut().for_each(|v| *v /= sum);
 }
 
