@@ -202,6 +202,7 @@ mod tests {
         let nothing = SpeedOptions {
             prompt_tokens: 0,
             generate_tokens: 0,
+            depth: 0,
             repeats: 1,
         };
         assert!(speed(&mut fake, nothing, &mut || Ok(())).is_err());

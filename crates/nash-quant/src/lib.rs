@@ -40,7 +40,7 @@ pub use error::QuantError;
 pub use options::{
     Allocation, Budget, Calibration, Codebook, CompressOptions, Effort, Method, Sensitivity, Start,
 };
-pub use plan::{Plan, effort_within, plan};
+pub use plan::{Plan, effort_within, plan, usual_effort};
 pub use progress::Progress;
 pub use report::{Report, TensorRow, Tuning};
 pub use verify::{Verification, VerifyOptions, verify};

@@ -136,6 +136,18 @@ pub fn effort_within(
     Ok(best)
 }
 
+/// Weights from which on everything that pays takes more than the better part of an hour on two cores.
+const MANY_WEIGHTS: u64 = 1_000_000_000;
+
+/// How much work a compression does unless told otherwise: that depends on the size of the model alone, never on the machine.
+pub fn usual_effort(config: &ModelConfig) -> Effort {
+    if Inventory::of(config).weights() > MANY_WEIGHTS {
+        Effort::Short
+    } else {
+        Effort::Normal
+    }
+}
+
 /// Whether what is asked for can be met at all.
 ///
 /// # Errors

@@ -58,9 +58,9 @@ pub(crate) struct Compress {
     /// Tokens to calibrate on [default: 8192 with normal effort]
     #[arg(long, value_name = "N")]
     calibration_tokens: Option<usize>,
-    /// How much work to do
-    #[arg(long, value_enum, value_name = "EFFORT", default_value_t = Work::Normal)]
-    effort: Work,
+    /// How much work to do [default: normal; short for models of more than a billion weights]
+    #[arg(long, value_enum, value_name = "EFFORT")]
+    effort: Option<Work>,
     /// The most work that is estimated to fit in this time on this machine, such as 90s, 5m or 2h. Says which effort that
     /// is, so that it can be repeated: the result depends on the effort alone
     #[arg(long, value_name = "TIME", value_parser = format::parse_duration, conflicts_with = "effort")]
@@ -236,6 +236,10 @@ impl Compress {
         let tokens = self.calibration_tokens.unwrap_or(effort.calibration_tokens());
         if self.time_budget.is_some() {
             ui.note(&format!("effort within the time: {effort:?}"));
+        } else if self.effort.is_none() && effort != Effort::default() {
+            ui.note(&format!(
+                "effort for a model of this size: {effort:?}; --effort normal does more and takes longer"
+            ));
         }
         Ok(CompressOptions {
             seed: self.seed,
@@ -256,9 +260,10 @@ impl Compress {
             tensor_types: self.tensor_type.clone(),
             ..CompressOptions::default()
         };
-        let effort = match self.time_budget {
-            Some(time) => nash_quant::effort_within(config, &asked, time.as_secs_f64())?,
-            None => self.effort.into(),
+        let effort = match (self.time_budget, self.effort) {
+            (Some(time), _) => nash_quant::effort_within(config, &asked, time.as_secs_f64())?,
+            (None, Some(effort)) => effort.into(),
+            (None, None) => nash_quant::usual_effort(config),
         };
         let mut options = effort.apply(asked);
         // What was asked for by name counts more than the effort.
