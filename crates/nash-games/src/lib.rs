@@ -8,6 +8,7 @@
 //! | [`rounding`] | weights choose codes, groups choose scales; best response to a Nash equilibrium |
 //! | [`leader`] | the leader–follower start (GPTQ / LDLQ order) |
 //! | [`allocation`] | what the market is compared with, and what refines it: greedy, knapsack, pairwise, evolution, particle swarm |
+//! | [`propagation`] | targets that make up for the errors of the layers before |
 //! | [`market`] | tensors buy bits at a price that clears the byte budget |
 //! | [`routing`] | tokens choose experts: congestion, neighbours, prices, cached equilibria, their certificates |
 //! | [`certificate`] | regret of every player, computed without the solvers' code |
@@ -23,6 +24,7 @@ mod error;
 pub mod grid;
 pub mod leader;
 pub mod market;
+pub mod propagation;
 pub mod rounding;
 pub mod routing;
 pub mod trellis;

@@ -104,6 +104,7 @@ pub fn compress(
         sensitivity: session.sensitivity_kind(),
         seed: options.seed,
         damping: options.damping,
+        propagation: session.propagation(),
         calibration: options.calibration.description.clone(),
         calibration_tokens: options.calibration.windows.iter().map(|w| w.len() as u64).sum(),
         weights: inventory.weights(),
@@ -235,11 +236,11 @@ fn select(
     }
     let profile = profiles.swap_remove(best.1);
     session.progress.stage("solve", session.linears.len() as u64);
-    let mut solved = Vec::with_capacity(session.linears.len());
-    for (info, &width) in session.linears.iter().zip(&profile.widths) {
-        solved.push(session.solve(info, width)?);
-        session.progress.advance(1);
-    }
+    let solved = if session.propagation() > 0.0 {
+        session.solve_in_order(source, &profile.widths)?
+    } else {
+        session.solve_apart(&profile.widths)?
+    };
     Ok(Choice {
         profile,
         solved,

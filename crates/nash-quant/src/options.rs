@@ -205,6 +205,10 @@ pub struct CompressOptions {
     pub max_sweeps: usize,
     /// Whether whole chains of a trellis deviate together before single codes answer.
     pub joint_moves: bool,
+    /// Share of the drift of their inputs that linears make up for, 0 to 1: above 0 they are solved in the order of the forward pass, each against what it
+    /// reads from the compressed prefix. At 0 each is solved against what the source reads. Where the rounding game weights tokens by gradients, it
+    /// counts as 0.
+    pub propagation: f32,
     /// Whether what was found before is used again: solutions start from drafts, candidates share them. Changes the time, not the result.
     pub reuse: bool,
     /// Tokens on which the KL divergence of single-tensor changes is measured.
@@ -250,6 +254,7 @@ impl Default for CompressOptions {
             damping: 0.1,
             max_sweeps: 64,
             joint_moves: true,
+            propagation: 0.0,
             reuse: true,
             probe_tokens: 128,
             probe_layer_stride: 3,

@@ -241,6 +241,12 @@ impl Cost {
             }
         }
         let tune = options.tune_epochs as f64 * 4.0 * evaluation(tokens);
+        // Moments once more with a product beside the square, a layer run for each of its sites, and solving from the start.
+        let propagate = if options.propagation > 0.0 {
+            2.5 * calibrate + 5.0 * evaluation(tokens) + draft
+        } else {
+            0.0
+        };
         let largest = linears.iter().map(|l| l.weights()).max().unwrap_or(0);
         let widest = linears.iter().map(|l| l.cols as u64).max().unwrap_or(0);
         let states = tokens as u64 * config.hidden_size as u64 * 4;
@@ -248,7 +254,7 @@ impl Cost {
             * 4
             * (config.vocab_size + config.layers.len() * config.hidden_size) as u64;
         Self {
-            operations: calibrate + measure + drafts * draft + solve + tune,
+            operations: calibrate + measure + drafts * draft + solve + propagate + tune,
             memory: largest * 14 + 8 * widest * widest + states.max(probe_bytes) + (64 << 20),
             scratch: (gram * 2.0) as u64 + params as u64,
         }

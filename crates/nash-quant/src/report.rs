@@ -40,6 +40,9 @@ pub struct Report {
     pub seed: u64,
     /// Damping of the Hessians.
     pub damping: f64,
+    /// Share of the drift of their inputs that linears made up for; 0 if each was solved against the source's inputs.
+    #[serde(default)]
+    pub propagation: f32,
     /// Calibration text.
     pub calibration: String,
     /// Tokens of the calibration windows that the Hessians saw.

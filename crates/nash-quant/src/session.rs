@@ -17,7 +17,7 @@ use crate::stored;
 use crate::tensor::{DRAFT_SWEEPS, Rounded, Rounding, certify, draft};
 
 /// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
-const CERTIFIED_ROWS: usize = 64;
+pub(crate) const CERTIFIED_ROWS: usize = 64;
 
 /// A model, its options and what is known about it so far.
 pub(crate) struct Session<'a> {
@@ -225,6 +225,16 @@ impl Session<'_> {
             let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
             Ok((matrix, SolvedRecord { sweeps, certificate }))
         })
+    }
+
+    /// Solves every tensor against what the source reads.
+    pub(crate) fn solve_apart(&self, widths: &[Width]) -> Result<Vec<Solved>, QuantError> {
+        let mut solved = Vec::with_capacity(self.linears.len());
+        for (info, &width) in self.linears.iter().zip(widths) {
+            solved.push(self.solve(info, width)?);
+            self.progress.advance(1);
+        }
+        Ok(solved)
     }
 
     /// Rounds a tensor as far as candidates need it, or takes it from the scratch folder.

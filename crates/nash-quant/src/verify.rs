@@ -1,12 +1,16 @@
 //! Checking a packed folder: checksums, and the equilibrium again from the source model.
 
+use std::sync::Arc;
+
 use nash_core::{ModelFile, PackedFolder};
+use nash_games::RoundingCertificate;
 use nash_games::rounding::Problem;
-use nash_models::{Model, ModelConfig};
+use nash_models::{LinearInfo, Model, ModelConfig, PackedLinear};
 
 use crate::QuantError;
 use crate::compress::source_hash;
 use crate::options::{Calibration, CompressOptions, Method};
+use crate::packed::load;
 use crate::progress::Progress;
 use crate::report::{Report, TensorRow};
 use crate::scratch::Scratch;
@@ -107,6 +111,7 @@ fn equilibrium(
             description: report.calibration.clone(),
         },
         damping: report.damping,
+        propagation: report.propagation,
         start: report.start,
         codebook: report.codebook,
         sensitivity: report.sensitivity,
@@ -123,36 +128,63 @@ fn equilibrium(
         progress,
     };
     session.calibrate()?;
+    let certificates = certificates(&session, packed, source, verify)?;
     let mut result = Equilibrium {
         max_regret: 0.0,
         players: 0,
         unsettled: 0,
         rows: Vec::new(),
     };
-    progress.stage("certify", session.linears.len() as u64);
-    for info in &session.linears {
-        let tensor = packed.packed(&info.name)?;
-        let (weights, hessian) = (session.weights(info)?, session.hessian(info)?);
-        let problem = Problem {
-            weights: &weights,
-            cols: info.cols,
-            hessian: &hessian,
-        };
-        let stride = info.rows.div_ceil(verify.rows_per_tensor.max(1));
-        let certificate = certify(&info.name, problem, tensor.as_ref(), stride)?;
+    for (info, certificate) in session.linears.iter().zip(certificates) {
         result.max_regret = result.max_regret.max(certificate.max_regret);
         result.players += certificate.players;
         result.unsettled += certificate.unsettled;
-        let bits = tensor.shape().width.bits();
-        let sweeps = report
-            .rows
-            .iter()
-            .find(|r| r.name == info.name)
-            .map_or(0, |r| r.sweeps);
+        let bits = packed.packed(&info.name)?.shape().width.bits();
+        let recorded = report.rows.iter().find(|r| r.name == info.name);
+        let sweeps = recorded.map_or(0, |r| r.sweeps);
         result
             .rows
             .push(TensorRow::new(&info.name, bits, sweeps, &certificate));
-        progress.advance(1);
     }
     Ok(result)
+}
+
+/// The certificate of every linear, each against the inputs and the target that it was solved for.
+fn certificates(
+    session: &Session<'_>,
+    packed: &PackedFolder,
+    source: &ModelFile,
+    verify: VerifyOptions,
+) -> Result<Vec<RoundingCertificate>, QuantError> {
+    session.progress.stage("certify", session.linears.len() as u64);
+    let certificate = |info: &LinearInfo, weights: &[f32], hessian: &[f32]| {
+        let problem = Problem {
+            weights,
+            cols: info.cols,
+            hessian,
+        };
+        let stride = info.rows.div_ceil(verify.rows_per_tensor.max(1));
+        certify(&info.name, problem, packed.packed(&info.name)?.as_ref(), stride)
+    };
+    let mut certificates = vec![RoundingCertificate::default(); session.linears.len()];
+    for (slot, info) in certificates.iter_mut().zip(&session.linears) {
+        if !session.in_order(info) {
+            *slot = certificate(info, &session.weights(info)?, &session.hessian(info)?)?;
+            session.progress.advance(1);
+        }
+    }
+    if session.propagation() > 0.0 {
+        // The source with packed linears, as it was when they were solved: norms may have been tuned since.
+        let mut model = load(session, source)?;
+        for info in &session.linears {
+            let linear = PackedLinear::new(packed.packed(&info.name)?);
+            model.set_linear(&info.name, Arc::new(linear))?;
+        }
+        session.each_in_order(&mut model, &mut |index, moments, _| {
+            let info = &session.linears[index];
+            certificates[index] = certificate(info, &session.target(info, moments)?, &moments.hessian)?;
+            Ok(())
+        })?;
+    }
+    Ok(certificates)
 }

@@ -80,6 +80,9 @@ pub(crate) struct Compress {
     /// How it is known what a tensor's rounding costs the whole model
     #[arg(long, value_enum, default_value_t = Losses::Measured)]
     losses: Losses,
+    /// Solve the layers one after the other, each making up for this share (0 to 1) of the errors of those before it
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    propagate: Option<f32>,
     /// Tune norms and biases to the rounded weights, going over the calibration text N times [default: 0; 2 with thorough
     /// effort]
     #[arg(long, value_name = "N")]
@@ -198,6 +201,16 @@ impl From<Rounding> for Method {
     }
 }
 
+/// A share between 0 and 1.
+fn share(text: &str) -> Result<f32, String> {
+    let share: f32 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if (0.0..=1.0).contains(&share) {
+        Ok(share)
+    } else {
+        Err(format!("{text} is not between 0 and 1"))
+    }
+}
+
 impl Compress {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
@@ -272,6 +285,9 @@ impl Compress {
         }
         if let Some(division) = self.allocation {
             options.allocation = division.into();
+        }
+        if let Some(share) = self.propagate {
+            options.propagation = share;
         }
         if let Some(epochs) = self.tune {
             options.tune_epochs = epochs;

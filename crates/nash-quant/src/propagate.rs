@@ -1,0 +1,124 @@
+//! Solving in the order of the forward pass: every linear of a layer against what it will read from the compressed prefix, towards what it
+//! gave in the source ([`nash_games::propagation`]).
+
+use std::sync::Arc;
+
+use nash_core::ModelFile;
+use nash_games::propagation::shifted_targets;
+use nash_games::rounding::Problem;
+use nash_kernels::Width;
+use nash_models::{LinearInfo, Model};
+
+use crate::QuantError;
+use crate::options::Method;
+use crate::packed::{OwnedPacked, load};
+use crate::prefix::{Moments, Prefix, SITES};
+use crate::session::{CERTIFIED_ROWS, Session, Solved, SolvedRecord};
+use crate::tensor::{DRAFT_SWEEPS, certify, draft};
+
+/// Called with the number of a linear and the moments of its inputs; may put the linear into the compressed model.
+pub(crate) type Visit<'v> = dyn FnMut(usize, &Moments, &mut Model) -> Result<(), QuantError> + 'v;
+
+impl Session<'_> {
+    /// The share of the drift that linears make up for; 0 if they are solved apart.
+    pub(crate) fn propagation(&self) -> f32 {
+        if self.options.method == Method::Nash && !self.sensitivity_kind().weights_tokens() {
+            self.options.propagation
+        } else {
+            0.0
+        }
+    }
+
+    /// Whether a linear waits for those before it.
+    pub(crate) fn in_order(&self, info: &LinearInfo) -> bool {
+        self.propagation() > 0.0 && info.layer.is_some() && SITES.contains(&info.site)
+    }
+
+    /// Goes through the linears that wait for others, in the order of the forward pass; `packed` has all others.
+    pub(crate) fn each_in_order(&self, packed: &mut Model, visit: &mut Visit<'_>) -> Result<(), QuantError> {
+        let windows = &self.options.calibration.windows;
+        let mut prefix = Prefix::new(&self.model, packed, windows, self.options.damping)?;
+        for layer in 0..self.model.config().num_layers() {
+            for site in SITES {
+                self.check_cancelled()?;
+                let Some(moments) = prefix.moments(packed, site)? else {
+                    continue;
+                };
+                for (index, info) in self.linears.iter().enumerate() {
+                    if (info.layer, info.site) == (Some(layer), site) {
+                        visit(index, &moments, packed)?;
+                        self.progress.advance(1);
+                    }
+                }
+            }
+            prefix.advance(packed)?;
+        }
+        Ok(())
+    }
+
+    /// What a linear is to be rounded to.
+    pub(crate) fn target(&self, info: &LinearInfo, moments: &Moments) -> Result<Vec<f32>, QuantError> {
+        let Moments { hessian, drift } = moments;
+        let weights = self.weights(info)?;
+        shifted_targets(&weights, drift, hessian, info.cols, self.propagation())
+            .map_err(QuantError::game(&info.name))
+    }
+
+    /// Solves all linears, those of the layers in order.
+    pub(crate) fn solve_in_order(
+        &self,
+        source: &ModelFile,
+        widths: &[Width],
+    ) -> Result<Vec<Solved>, QuantError> {
+        let mut solved: Vec<Option<Solved>> = vec![None; self.linears.len()];
+        let mut packed = load(self, source)?;
+        for (index, info) in self.linears.iter().enumerate() {
+            if !self.in_order(info) {
+                let found = self.solve(info, widths[index])?;
+                packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
+                solved[index] = Some(found);
+                self.progress.advance(1);
+            }
+        }
+        self.each_in_order(&mut packed, &mut |index, moments, packed| {
+            let info = &self.linears[index];
+            let found = self.solve_towards(info, widths[index], &self.target(info, moments)?, moments)?;
+            packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
+            solved[index] = Some(found);
+            Ok(())
+        })?;
+        let listed = self.linears.iter().zip(solved);
+        let all = listed.map(|(info, found)| {
+            found.ok_or_else(|| {
+                QuantError::Mismatch(format!(
+                    "the forward pass never came to the tensor `{}`",
+                    info.name
+                ))
+            })
+        });
+        all.collect()
+    }
+
+    fn solve_towards(
+        &self,
+        info: &LinearInfo,
+        width: Width,
+        target: &[f32],
+        moments: &Moments,
+    ) -> Result<Solved, QuantError> {
+        let problem = Problem {
+            weights: target,
+            cols: info.cols,
+            hessian: &moments.hessian,
+        };
+        let mut rounded = draft(&info.name, problem, self.rounding(width))?;
+        let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
+        rounded.play(&info.name, problem, sweeps, self.options.joint_moves)?;
+        let sweeps = rounded.sweeps;
+        let matrix = rounded.pack(&info.name, info.cols)?;
+        let stride = info.rows.div_ceil(CERTIFIED_ROWS);
+        let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
+        let record = SolvedRecord { sweeps, certificate };
+        Ok(Solved { matrix, record })
+    }
+}
