@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use nash_kernels::{dense, pool};
+use nash_kernels::{Activations, dense, pool};
 
 use crate::config::{Activation, MoeConfig, Scoring};
 use crate::linear::Input;
 use crate::manifest::Site;
 use crate::math;
-use crate::scratch::{MlpScratch, Scratch, sized};
+use crate::scratch::{MlpScratch, MoeScratch, Routed, Scratch, sized};
 use crate::tap::Tap;
-use crate::weights::{Projection, Weights};
+use crate::weights::{Projected, Projection, Weights};
 
 /// A feed-forward block.
 pub(crate) enum Feed {
@@ -110,13 +110,8 @@ impl Mlp {
         let activations = input.into_buffer();
         let kind = cx.activation;
         let MlpScratch { gate, up, .. } = buffers;
-        let inner = if self.gate.is_some() {
-            pool::for_each_chunk(gate, CHUNK, |i, gate| {
-                math::activate(kind, gate);
-                gate.iter_mut()
-                    .zip(&up[i * CHUNK..])
-                    .for_each(|(gate, up)| *gate *= up);
-            });
+        let inner: &[f32] = if self.gate.is_some() {
+            activate_gated(kind, gate, up);
             gate
         } else {
             pool::for_each_chunk(up, CHUNK, |_, up| math::activate(kind, up));
@@ -128,6 +123,24 @@ impl Mlp {
         cx.weights.project(&self.down, &input, out);
         buffers.activations = input.into_buffer();
     }
+}
+
+/// `gate ← act(gate) ∘ up`.
+fn activate_gated(kind: Activation, gate: &mut [f32], up: &[f32]) {
+    pool::for_each_chunk(gate, CHUNK, |i, gate| {
+        math::activate(kind, gate);
+        gate.iter_mut()
+            .zip(&up[i * CHUNK..])
+            .for_each(|(gate, up)| *gate *= up);
+    });
+}
+
+/// Which projection of an expert, and the outputs of all experts, in order.
+type Output<'a> = (fn(&Mlp) -> Option<&Projection>, &'a mut [f32]);
+
+/// The rows of each expert that has any.
+fn by_expert(routed: &[Routed]) -> impl Iterator<Item = &[Routed]> {
+    routed.chunk_by(|a, b| a.expert == b.expert)
 }
 
 impl Experts {
@@ -160,35 +173,114 @@ impl Experts {
                 sized(out, tokens * d).fill(0.0);
             }
         }
-        for (expert, chosen) in self.route(&mut moe.scores).into_iter().enumerate() {
-            if chosen.is_empty() {
-                continue;
-            }
-            moe.gathered.clear();
-            for &(token, _) in &chosen {
-                moe.gathered
-                    .extend_from_slice(&normed[token * d..(token + 1) * d]);
-            }
-            cx.tap
-                .input(cx.layer, Site::ExpertIn(expert), &moe.gathered, chosen.len(), d);
-            let input = Input::with_buffer(&moe.gathered, d, std::mem::take(&mut mlp.activations));
-            self.experts[expert].forward(cx, Site::ExpertDown(expert), input, mlp, &mut moe.expert_out);
-            for (&(token, weight), answer) in chosen.iter().zip(moe.expert_out.chunks_exact(d)) {
-                let out = &mut out[token * d..(token + 1) * d];
-                out.iter_mut()
-                    .zip(answer)
-                    .for_each(|(out, answer)| *out += weight * answer);
-            }
+        self.route(moe);
+        self.mix(cx, normed, moe, out);
+    }
+
+    /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`. The products of all of them with gate and up
+    /// are one piece of work, those with down another.
+    fn mix(&self, cx: &mut Context<'_>, normed: &[f32], moe: &mut MoeScratch, out: &mut [f32]) {
+        let MoeScratch {
+            routed,
+            gathered,
+            gate,
+            up,
+            answers,
+            activations,
+            ..
+        } = moe;
+        let Some(first) = self.experts.first() else { return };
+        let weights = cx.weights;
+        let (d, f) = (weights.info(first.up.slot).cols, self.config.intermediate);
+        gathered.clear();
+        for row in routed.iter() {
+            gathered.extend_from_slice(&normed[row.token * d..(row.token + 1) * d]);
+        }
+        let mut inputs = self.inputs(cx, (gathered, d), Site::ExpertIn, routed, activations);
+        if normed.len() == d {
+            // All experts read the one token: quantized once.
+            activations.extend(inputs.drain(1..).map(Input::into_buffer));
+        }
+        if weights.is_packed(&first.up) {
+            Input::quantize_each(&mut inputs);
+        }
+        let (gates, ups) = (sized(gate, routed.len() * f), sized(up, routed.len() * f));
+        let outputs: &mut [Output<'_>] = &mut [(|e| e.gate.as_ref(), gates), (|e| Some(&e.up), ups)];
+        self.project(weights, routed, &inputs, outputs);
+        activations.extend(inputs.into_iter().map(Input::into_buffer));
+
+        activate_gated(cx.activation, gate, up);
+
+        let mut inputs = self.inputs(cx, (gate, f), Site::ExpertDown, routed, activations);
+        if weights.is_packed(&first.down) {
+            Input::quantize_each(&mut inputs);
+        }
+        let outputs: &mut [Output<'_>] = &mut [(|e| Some(&e.down), sized(answers, routed.len() * d))];
+        self.project(weights, routed, &inputs, outputs);
+        activations.extend(inputs.into_iter().map(Input::into_buffer));
+
+        for (row, answer) in routed.iter().zip(answers.chunks_exact(d)) {
+            let out = &mut out[row.token * d..(row.token + 1) * d];
+            out.iter_mut()
+                .zip(answer)
+                .for_each(|(out, answer)| *out += row.weight * answer);
         }
     }
 
-    /// Per expert its tokens with their mixing weights, given the router's logits `[T, experts]`.
-    fn route(&self, logits: &mut [f32]) -> Vec<Vec<(usize, f32)>> {
+    /// The rows of `x [A, n]` as one input per expert, which the tap sees; the inputs are lent buffers.
+    fn inputs<'x>(
+        &self,
+        cx: &mut Context<'_>,
+        (x, n): (&'x [f32], usize),
+        site: fn(usize) -> Site,
+        routed: &[Routed],
+        buffers: &mut Vec<Activations>,
+    ) -> Vec<Input<'x>> {
+        let mut rest = x;
+        by_expert(routed)
+            .map(|group| {
+                let (x, tail) = rest.split_at(group.len() * n);
+                rest = tail;
+                cx.tap.input(cx.layer, site(group[0].expert), x, group.len(), n);
+                Input::with_buffer(x, n, buffers.pop().unwrap_or_default())
+            })
+            .collect()
+    }
+
+    /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs.
+    fn project<'a>(
+        &'a self,
+        weights: &Weights,
+        routed: &[Routed],
+        inputs: &'a [Input<'a>],
+        outputs: &mut [Output<'a>],
+    ) {
+        let mut products = Vec::with_capacity(outputs.len() * self.config.experts.min(routed.len()));
+        for (i, group) in by_expert(routed).enumerate() {
+            let expert = &self.experts[group[0].expert];
+            let input = inputs.get(i).unwrap_or(&inputs[0]);
+            for (which, rest) in outputs.iter_mut() {
+                let Some(projection) = which(expert) else { continue };
+                let len = group.len() * weights.info(projection.slot).rows;
+                let y = rest.split_off_mut(..len).unwrap_or_default();
+                products.push(Projected { projection, input, y });
+            }
+        }
+        weights.project_all(&mut products);
+    }
+
+    /// Sorts the tokens by expert into `moe.routed`, given the router's logits `moe.scores [T, experts]`.
+    fn route(&self, moe: &mut MoeScratch) {
         let config = &self.config;
-        let mut chosen = vec![Vec::new(); config.experts];
-        let mut order: Vec<usize> = Vec::new();
-        let mut ranks: Vec<f32> = Vec::new();
-        for (token, scores) in logits.chunks_exact_mut(config.experts).enumerate() {
+        let MoeScratch {
+            scores,
+            ranks,
+            order,
+            routed,
+            ..
+        } = moe;
+        routed.clear();
+        for (token, scores) in scores.chunks_exact_mut(config.experts).enumerate() {
             match config.scoring {
                 Scoring::Softmax => math::softmax(scores),
                 Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = math::sigmoid(*s)),
@@ -202,7 +294,7 @@ impl Experts {
                     .zip(correction.iter())
                     .for_each(|(rank, c)| *rank += c);
             }
-            self.close_groups(&mut ranks);
+            self.close_groups(ranks);
             order.clear();
             order.extend(0..config.experts);
             order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
@@ -213,11 +305,13 @@ impl Experts {
             } else {
                 config.scale
             };
-            for &expert in &order {
-                chosen[expert].push((token, scores[expert] * scale));
-            }
+            routed.extend(order.iter().map(|&expert| Routed {
+                expert,
+                token,
+                weight: scores[expert] * scale,
+            }));
         }
-        chosen
+        routed.sort_unstable_by_key(|row| (row.expert, row.token));
     }
 
     /// Group-limited routing (DeepSeek-V3): only the groups with the best sums of two experts stay open.

@@ -72,6 +72,17 @@ impl<'a> Input<'a> {
         })
     }
 
+    /// Makes the quantized forms of several inputs as one piece of work.
+    pub(crate) fn quantize_each(inputs: &mut [Self]) {
+        let all: usize = inputs.iter().map(|input| input.x.len()).sum();
+        let together = QUANTIZE_FLOATS * inputs.len() / all.max(1);
+        pool::for_each_chunk(inputs, together.max(1), |_, inputs| {
+            for input in inputs {
+                input.activations();
+            }
+        });
+    }
+
     /// The buffer, for the next input.
     #[must_use]
     pub fn into_buffer(self) -> Activations {
@@ -81,6 +92,9 @@ impl<'a> Input<'a> {
             .unwrap_or_default()
     }
 }
+
+/// Floats that one task quantizes, about.
+const QUANTIZE_FLOATS: usize = 1 << 14;
 
 /// A weight matrix `W [rows, cols]`.
 pub trait Linear: Send + Sync {

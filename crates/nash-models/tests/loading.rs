@@ -10,7 +10,7 @@ use nash_core::gguf_write::GgufWriter;
 use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
 use nash_core::{DType, Gguf, ModelFile, gguf};
 use nash_kernels::{PackedMatrix, PackedShape, Unpacked, Width, dequantize_row, pack};
-use nash_models::{DenseLinear, KvCache, Model, ModelConfig, ModelError, VocabParts};
+use nash_models::{DenseLinear, Input, KvCache, Linear, Model, ModelConfig, ModelError, VocabParts};
 use serde_json::{Value, json};
 
 fn golden(name: &str) -> PathBuf {
@@ -359,49 +359,53 @@ fn pack8(w: &[f32], rows: usize, cols: usize) -> PackedMatrix {
     pack(shape, &unpacked(codes, scales)).unwrap()
 }
 
+/// Writes all linears of a model with eight bits.
+fn write_packed(source: &Model, dir: &Path) {
+    let width = Width::new(8).unwrap();
+    let packed = source.linears().into_iter().map(|info| TensorSpec::Packed {
+        name: info.name,
+        shape: PackedShape {
+            rows: info.rows,
+            cols: info.cols,
+            width,
+        },
+    });
+    let floats = source.float_tensors();
+    let plain = floats.iter().map(|(name, shape, _)| TensorSpec::Float {
+        name: name.clone(),
+        dtype: DType::F32,
+        shape: shape.clone(),
+    });
+    let layout = PackedLayout::new(packed.chain(plain)).unwrap();
+    let mut writer = PackedWriter::create(dir, layout).unwrap();
+    for info in source.linears() {
+        let linear = source.linear(&info.name).unwrap();
+        let mut w = vec![0.0; info.rows * info.cols];
+        w.chunks_exact_mut(info.cols)
+            .enumerate()
+            .for_each(|(r, row)| linear.row(r, row));
+        writer
+            .packed(&info.name, pack8(&w, info.rows, info.cols).as_ref())
+            .unwrap();
+    }
+    for (name, _, values) in &floats {
+        writer.float(name, values).unwrap();
+    }
+    let config = json!({"model_type": "any", "nashswarm_model": source.config()});
+    writer
+        .finish(config.as_object().unwrap().clone(), serde_json::Map::new())
+        .unwrap();
+}
+
 #[test]
 fn a_packed_folder_loads_and_agrees_with_its_source() {
     for name in ["llama", "gemma3", "gpt2", "opt", "qwen2_moe", "dots1"] {
         let source = model(name);
         let dir = tempfile::tempdir().unwrap();
-        let width = Width::new(8).unwrap();
-        let packed = source.linears().into_iter().map(|info| TensorSpec::Packed {
-            name: info.name,
-            shape: PackedShape {
-                rows: info.rows,
-                cols: info.cols,
-                width,
-            },
-        });
-        let floats = source.float_tensors();
-        let plain = floats.iter().map(|(name, shape, _)| TensorSpec::Float {
-            name: name.clone(),
-            dtype: DType::F32,
-            shape: shape.clone(),
-        });
-        let layout = PackedLayout::new(packed.chain(plain)).unwrap();
-        let mut writer = PackedWriter::create(dir.path(), layout).unwrap();
-        for info in source.linears() {
-            let linear = source.linear(&info.name).unwrap();
-            let mut w = vec![0.0; info.rows * info.cols];
-            w.chunks_exact_mut(info.cols)
-                .enumerate()
-                .for_each(|(r, row)| linear.row(r, row));
-            writer
-                .packed(&info.name, pack8(&w, info.rows, info.cols).as_ref())
-                .unwrap();
-        }
-        for (name, _, values) in &floats {
-            writer.float(name, values).unwrap();
-        }
-        let config = json!({"model_type": "any", "nashswarm_model": source.config()});
-        writer
-            .finish(config.as_object().unwrap().clone(), serde_json::Map::new())
-            .unwrap();
-
+        write_packed(&source, dir.path());
         let loaded = Model::load(&ModelFile::open(dir.path()).unwrap()).unwrap();
         assert_eq!(loaded.config(), source.config());
-        assert_eq!(loaded.float_tensors(), floats);
+        assert_eq!(loaded.float_tensors(), source.float_tensors());
         assert_eq!(loaded.linears(), source.linears());
         let tokens: Vec<u32> = (0..30).map(|i| i * 11 % 64).collect();
         let (got, want) = (logits(&loaded, &tokens), logits(&source, &tokens));
@@ -412,6 +416,56 @@ fn a_packed_folder_loads_and_agrees_with_its_source() {
         let relative = (error / norm).sqrt();
         let limit = if source.config().moe.is_some() { 0.2 } else { 0.06 };
         assert!(relative < limit, "{name}: relative error {relative}");
+    }
+}
+
+/// A linear that does not say that it is packed, so that nothing is multiplied together with it.
+struct Alone(Arc<dyn Linear>);
+
+impl Linear for Alone {
+    fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        self.0.forward(input, y);
+    }
+
+    fn row(&self, row: usize, out: &mut [f32]) {
+        self.0.row(row, out);
+    }
+
+    fn resident_bytes(&self) -> usize {
+        self.0.resident_bytes()
+    }
+}
+
+#[test]
+fn experts_multiplied_together_answer_what_each_answers_alone() {
+    for name in ["mixtral", "qwen2_moe", "dots1", "glm4_moe"] {
+        let dir = tempfile::tempdir().unwrap();
+        write_packed(&model(name), dir.path());
+        let load = || Model::load(&ModelFile::open(dir.path()).unwrap()).unwrap();
+        let (together, mut alone) = (load(), load());
+        for info in together.linears() {
+            let linear = Arc::clone(alone.linear(&info.name).unwrap());
+            alone.set_linear(&info.name, Arc::new(Alone(linear))).unwrap();
+        }
+        let tokens: Vec<u32> = (0..45).map(|i| i * 11 % 64).collect();
+        for chunk in [1, 2, 17, 45] {
+            let run = |model: &Model| -> Vec<u32> {
+                let mut cache = KvCache::new(model.config(), tokens.len());
+                let hidden = tokens
+                    .chunks(chunk)
+                    .flat_map(|tokens| model.forward(tokens, &mut cache, &mut ()).unwrap());
+                hidden.map(f32::to_bits).collect()
+            };
+            assert_eq!(run(&together), run(&alone), "{name} in chunks of {chunk}");
+        }
     }
 }
 
