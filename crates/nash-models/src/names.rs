@@ -228,6 +228,11 @@ const GGUF: &[Rule] = &[
         "blk.{i}.post_attention_norm.{p}",
     ),
     whole("layers.{i}.pre_feedforward_layernorm.{p}", "blk.{i}.ffn_norm.{p}"),
+    // GLM-4.5 and gpt-oss, whose files have no `ffn_norm`.
+    whole(
+        "layers.{i}.pre_feedforward_layernorm.{p}",
+        "blk.{i}.post_attention_norm.{p}",
+    ),
     whole(
         "layers.{i}.post_feedforward_layernorm.{p}",
         "blk.{i}.post_ffw_norm.{p}",

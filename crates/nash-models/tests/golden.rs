@@ -16,7 +16,7 @@ use nash_models::{KvCache, Model, Positions, RopeStyle, Site, Tap};
 const FLOAT: f32 = 2e-5;
 const HALF: f32 = 1e-2;
 
-const CASES: [&str; 29] = [
+const CASES: [&str; 30] = [
     "llama",
     "llama_tied_bias",
     "llama_rope3",
@@ -46,6 +46,7 @@ const CASES: [&str; 29] = [
     "dots1_groups",
     "glm4_moe",
     "glm4_moe_plain",
+    "glm4_moe_small",
 ];
 
 struct Case {

@@ -321,7 +321,8 @@ pub(crate) const FAMILIES: &[Family] = &[
     Family {
         name: "glm4_moe",
         hf: &["glm4_moe"],
-        gguf: &[],
+        gguf: &["glm4moe"],
+        gguf_rope: RopeStyle::Half,
         out_bias: BiasRule::Never,
         qk_norm: QkNormRule::Key("use_qk_norm"),
         moe: Some(MoeRule {

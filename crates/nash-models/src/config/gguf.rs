@@ -106,7 +106,9 @@ impl Keys<'_> {
     fn read(&self) -> Result<ModelConfig> {
         let family = self.family;
         let hidden_size = self.need_size("embedding_length")?;
-        let num_layers = self.need_size("block_count")?;
+        // Layers that predict further tokens (GLM-4.5) come last and are counted with the others.
+        let further = self.size("nextn_predict_layers")?.unwrap_or(0);
+        let num_layers = self.need_size("block_count")?.saturating_sub(further);
         check_layers(num_layers)?;
         let eps = match family.norm {
             NormKind::Rms => "attention.layer_norm_rms_epsilon",

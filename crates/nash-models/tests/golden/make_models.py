@@ -28,6 +28,7 @@ TOKENS = 40
 SMALL = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 MOE = SMALL | dict(intermediate_size=28, num_key_value_heads=4)
+TINY = SMALL | dict(hidden_size=32, intermediate_size=32, head_dim=16)
 GPT2 = dict(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 OPT = dict(vocab_size=VOCAB, hidden_size=48, ffn_dim=72, num_hidden_layers=2, num_attention_heads=4,
            max_position_embeddings=64, word_embed_proj_dim=48)
@@ -89,6 +90,9 @@ CASES = {
                      sliding_window=None, n_shared_experts=1), torch.bfloat16, None),
     "glm4_moe": ("Glm4MoeConfig", MOE | SPARSE | dict(n_group=2, topk_group=1, partial_rotary_factor=0.5,
                  attention_bias=True, use_qk_norm=True, head_dim=16, num_key_value_heads=2), torch.bfloat16, None),
+    "glm4_moe_small": ("Glm4MoeConfig", TINY | SPARSE | dict(n_routed_experts=6, moe_intermediate_size=16, n_group=3,
+                       topk_group=2, partial_rotary_factor=0.5, attention_bias=True, use_qk_norm=True,
+                       n_shared_experts=1, num_nextn_predict_layers=1), torch.float16, "glm4moe"),
     "glm4_moe_plain": ("Glm4MoeConfig", MOE | SPARSE | dict(n_group=1, topk_group=1, partial_rotary_factor=0.25,
                        norm_topk_prob=False, head_dim=24, first_k_dense_replace=0, num_hidden_layers=1),
                        torch.float16, None),
@@ -134,6 +138,7 @@ LLAMA_NAMES = {
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     "ln_1": "attn_norm", "ln_2": "ffn_norm",
 }
+AFTER_ATTENTION = {"post_attention_layernorm": "post_attention_norm"}
 SANDWICH_NAMES = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
                   "post_feedforward_layernorm": "post_ffw_norm"}
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -159,7 +164,8 @@ def gguf_tensors(config, arch, state):
                 number, projection = parts[-3], EXPERT_KINDS[parts[-2]]
                 experts.setdefault((layer, projection), {})[int(number)] = value
                 continue
-            names = LLAMA_NAMES | (SANDWICH_NAMES if arch in ("gemma2", "gemma3") else {})
+            names = LLAMA_NAMES | (SANDWICH_NAMES if arch in ("gemma2", "gemma3") else
+                                   AFTER_ATTENTION if arch in ("glm4moe", "gpt-oss") else {})
             target = f"blk.{layer}.{names[rest]}"
             if arch == "gpt2" and kind == "weight" and value.ndim == 2:
                 value = value.T
@@ -180,7 +186,10 @@ def write_gguf(path, config, arch, state, dtype):
     writer = gguf.GGUFWriter(path, arch)
     heads = get("num_attention_heads", "n_head")
     width = get("hidden_size", "n_embd")
-    writer.add_block_count(get("num_hidden_layers", "n_layer"))
+    further = get("num_nextn_predict_layers") or 0
+    writer.add_block_count(get("num_hidden_layers", "n_layer") + further)
+    if further:
+        writer.add_nextn_predict_layers(further)
     writer.add_context_length(get("max_position_embeddings", "n_positions"))
     writer.add_embedding_length(width)
     writer.add_head_count(heads)
@@ -194,7 +203,7 @@ def write_gguf(path, config, arch, state, dtype):
         dim = get("head_dim") or width // heads
         writer.add_key_length(dim)
         writer.add_value_length(dim)
-        writer.add_rope_dimension_count(dim)
+        writer.add_rope_dimension_count(int(dim * (get("partial_rotary_factor") or 1)))
         writer.add_rope_freq_base(config.rope_theta)
     if arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
@@ -209,7 +218,10 @@ def write_gguf(path, config, arch, state, dtype):
         writer.add_expert_used_count(config.num_experts_per_tok)
         if get("moe_intermediate_size"):
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if arch == "dots1":
+    if (get("n_group") or 1) > 1:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    if arch in ("dots1", "glm4moe"):
         writer.add_leading_dense_block_count(config.first_k_dense_replace)
         writer.add_expert_shared_count(config.n_shared_experts)
         writer.add_expert_weights_scale(config.routed_scaling_factor)
