@@ -128,10 +128,7 @@ impl Mlp {
 /// `gate ← act(gate) ∘ up`.
 fn activate_gated(kind: Activation, gate: &mut [f32], up: &[f32]) {
     pool::for_each_chunk(gate, CHUNK, |i, gate| {
-        math::activate(kind, gate);
-        gate.iter_mut()
-            .zip(&up[i * CHUNK..])
-            .for_each(|(gate, up)| *gate *= up);
+        math::activate_gated(kind, gate, &up[i * CHUNK..])
     });
 }
 

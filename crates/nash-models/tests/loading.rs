@@ -399,7 +399,15 @@ fn write_packed(source: &Model, dir: &Path) {
 
 #[test]
 fn a_packed_folder_loads_and_agrees_with_its_source() {
-    for name in ["llama", "gemma3", "gpt2", "opt", "qwen2_moe", "dots1"] {
+    for name in [
+        "llama",
+        "gemma3",
+        "gpt2",
+        "opt",
+        "qwen2_moe",
+        "dots1",
+        "gpt_oss_mxfp4",
+    ] {
         let source = model(name);
         let dir = tempfile::tempdir().unwrap();
         write_packed(&source, dir.path());
@@ -446,7 +454,7 @@ impl Linear for Alone {
 
 #[test]
 fn experts_multiplied_together_answer_what_each_answers_alone() {
-    for name in ["mixtral", "qwen2_moe", "dots1", "glm4_moe"] {
+    for name in ["mixtral", "qwen2_moe", "dots1", "glm4_moe", "gpt_oss"] {
         let dir = tempfile::tempdir().unwrap();
         write_packed(&model(name), dir.path());
         let load = || Model::load(&ModelFile::open(dir.path()).unwrap()).unwrap();
