@@ -140,6 +140,21 @@ fn by_expert(routed: &[Routed]) -> impl Iterator<Item = &[Routed]> {
     routed.chunk_by(|a, b| a.expert == b.expert)
 }
 
+/// Rows of routed tokens that are worked on together, about: enough to share out, little enough to fit in memory.
+const PART_ROWS: usize = 2048;
+
+/// Takes the rows of some experts, at least one, off the front.
+fn take_part<'a>(rest: &mut &'a [Routed]) -> &'a [Routed] {
+    let mut len = 0;
+    for group in by_expert(rest) {
+        if len > 0 && len + group.len() > PART_ROWS {
+            break;
+        }
+        len += group.len();
+    }
+    rest.split_off(..len).unwrap_or_default()
+}
+
 impl Experts {
     fn forward(&self, cx: &mut Context<'_>, d: usize, scratch: &mut Scratch) {
         let Scratch {
@@ -174,11 +189,26 @@ impl Experts {
         self.mix(cx, normed, moe, out);
     }
 
-    /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`. The products of all of them with gate and up
-    /// are one piece of work, those with down another.
+    /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`.
     fn mix(&self, cx: &mut Context<'_>, normed: &[f32], moe: &mut MoeScratch, out: &mut [f32]) {
+        let routed = std::mem::take(&mut moe.routed);
+        let mut rest = &routed[..];
+        while !rest.is_empty() {
+            let part = take_part(&mut rest);
+            self.mix_part(cx, (normed, part), moe, out);
+        }
+        moe.routed = routed;
+    }
+
+    /// [`Self::mix`] for some of the experts: their products with gate and up are one piece of work, those with down another.
+    fn mix_part(
+        &self,
+        cx: &mut Context<'_>,
+        (normed, routed): (&[f32], &[Routed]),
+        moe: &mut MoeScratch,
+        out: &mut [f32],
+    ) {
         let MoeScratch {
-            routed,
             gathered,
             gate,
             up,
@@ -189,15 +219,16 @@ impl Experts {
         let Some(first) = self.experts.first() else { return };
         let weights = cx.weights;
         let (d, f) = (weights.info(first.up.slot).cols, self.config.intermediate);
-        gathered.clear();
-        for row in routed.iter() {
-            gathered.extend_from_slice(&normed[row.token * d..(row.token + 1) * d]);
-        }
-        let mut inputs = self.inputs(cx, (gathered, d), Site::ExpertIn, routed, activations);
-        if normed.len() == d {
-            // All experts read the one token: quantized once.
-            activations.extend(inputs.drain(1..).map(Input::into_buffer));
-        }
+        let x = if normed.len() == d {
+            normed
+        } else {
+            gathered.clear();
+            for row in routed {
+                gathered.extend_from_slice(&normed[row.token * d..(row.token + 1) * d]);
+            }
+            gathered
+        };
+        let mut inputs = self.inputs(cx, (x, d), Site::ExpertIn, routed, activations);
         if weights.is_packed(&first.up) {
             Input::quantize_each(&mut inputs);
         }
@@ -224,7 +255,8 @@ impl Experts {
         }
     }
 
-    /// The rows of `x [A, n]` as one input per expert, which the tap sees; the inputs are lent buffers.
+    /// The rows of `x [A, n]` as one input per expert, or the only row `x [n]` as the input of all, quantized once; the tap
+    /// sees what each expert reads. The inputs are lent buffers.
     fn inputs<'x>(
         &self,
         cx: &mut Context<'_>,
@@ -233,15 +265,22 @@ impl Experts {
         routed: &[Routed],
         buffers: &mut Vec<Activations>,
     ) -> Vec<Input<'x>> {
+        let one = x.len() == n;
         let mut rest = x;
-        by_expert(routed)
-            .map(|group| {
-                let (x, tail) = rest.split_at(group.len() * n);
-                rest = tail;
-                cx.tap.input(cx.layer, site(group[0].expert), x, group.len(), n);
-                Input::with_buffer(x, n, buffers.pop().unwrap_or_default())
-            })
-            .collect()
+        let mut inputs = Vec::with_capacity(self.config.experts.min(routed.len()));
+        for group in by_expert(routed) {
+            let rows = if one {
+                x
+            } else {
+                rest.split_off(..group.len() * n).unwrap_or_default()
+            };
+            cx.tap
+                .input(cx.layer, site(group[0].expert), rows, group.len(), n);
+            if !one || inputs.is_empty() {
+                inputs.push(Input::with_buffer(rows, n, buffers.pop().unwrap_or_default()));
+            }
+        }
+        inputs
     }
 
     /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs.
@@ -337,5 +376,31 @@ impl Experts {
         for &(group, _) in &order[groups.top_k..] {
             ranks[group * size..(group + 1) * size].fill(f32::NEG_INFINITY);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_whole_experts_within_the_limit() {
+        let sizes = [3, PART_ROWS - 3, 1, PART_ROWS + 5, PART_ROWS, 7, 8];
+        let rows = |(expert, size): (usize, &usize)| {
+            let row = Routed {
+                expert,
+                token: 0,
+                weight: 1.0,
+            };
+            vec![row; *size]
+        };
+        let routed: Vec<Routed> = sizes.iter().enumerate().flat_map(rows).collect();
+        let mut rest = &routed[..];
+        let mut parts = Vec::new();
+        while !rest.is_empty() {
+            let part = take_part(&mut rest);
+            parts.push(by_expert(part).map(|group| group[0].expert).collect::<Vec<_>>());
+        }
+        assert_eq!(parts, [vec![0, 1], vec![2], vec![3], vec![4], vec![5, 6]]);
     }
 }

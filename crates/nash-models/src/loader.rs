@@ -232,10 +232,14 @@ impl Loader<'_> {
                 let name = tensor.name.trim_end_matches("blocks").to_owned() + "scales";
                 let scales = self.file.find(&name).cloned();
                 let scales = scales.ok_or_else(|| self.missing(spec.key, &name))?;
-                let groups = cols / MX_GROUP;
-                if !cols.is_multiple_of(MX_GROUP) || [&tensor, &scales].iter().any(|t| t.dtype != DType::U8) {
+                let bytes = [&tensor, &scales];
+                if let Some(other) = bytes.into_iter().find(|t| t.dtype != DType::U8) {
+                    return Err(self.unreadable(other));
+                }
+                if !cols.is_multiple_of(MX_GROUP) {
                     return Err(self.unreadable(&tensor));
                 }
+                let groups = cols / MX_GROUP;
                 self.check_shape(&tensor, &[experts, stored, groups, MX_BYTES])?;
                 self.check_shape(&scales, &[experts, stored, groups])?;
                 Stack::Blocks {

@@ -427,6 +427,74 @@ fn a_packed_folder_loads_and_agrees_with_its_source() {
     }
 }
 
+#[test]
+fn experts_in_mxfp4_that_do_not_fit_are_refused_by_name() {
+    let stored = golden("gpt_oss_mxfp4").join("model.safetensors");
+    let tensors = nash_core::Safetensors::open(stored).unwrap();
+    // What loading says if one tensor is missing, or has this type and shape.
+    let load = |name: &str, change: Option<(DType, Vec<usize>)>| {
+        let dir = tempfile::tempdir().unwrap();
+        let config = golden("gpt_oss_mxfp4").join("config.json");
+        std::fs::copy(config, dir.path().join("config.json")).unwrap();
+        let mut header = serde_json::Map::new();
+        let mut data = Vec::new();
+        for tensor in tensors.tensors() {
+            let (dtype, shape, bytes) = match (&change, tensor.name == name) {
+                (None, true) => continue,
+                (Some((dtype, shape)), true) => {
+                    let size = dtype.block_bytes() * shape.iter().product::<usize>();
+                    (*dtype, shape, vec![0; size])
+                }
+                _ => (tensor.dtype, &tensor.shape, tensor.data.to_vec()),
+            };
+            let start = data.len();
+            data.extend(bytes);
+            let entry = json!({"dtype": dtype.safetensors_name(), "shape": shape, "data_offsets": [start, data.len()]});
+            header.insert(tensor.name.clone(), entry);
+        }
+        let header = Value::Object(header).to_string();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.into_bytes());
+        file.extend(data);
+        std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        Model::load(&ModelFile::open(dir.path()).unwrap())
+    };
+    assert!(load("none of them", None).is_ok());
+    let experts = "model.layers.1.mlp.experts";
+    let (codes, scales) = (
+        format!("{experts}.gate_up_proj_blocks"),
+        format!("{experts}.gate_up_proj_scales"),
+    );
+    let refused = |name: &str, change, needles: &[&str]| {
+        let error = load(name, change).unwrap_err().to_string();
+        for needle in needles {
+            assert!(error.contains(needle), "{needle:?} in {error:?}");
+        }
+    };
+    refused(&scales, None, &["experts.0.gate_proj", &scales, "missing"]);
+    refused(&codes, None, &["experts.0.gate_proj", &codes, "missing"]);
+    refused(
+        &scales,
+        Some((DType::U8, vec![5, 64, 3])),
+        &[&scales, "[5, 64, 3]", "[5, 64, 2]"],
+    );
+    refused(&scales, Some((DType::F16, vec![5, 64, 2])), &[&scales, "F16"]);
+    refused(
+        &codes,
+        Some((DType::U8, vec![5, 63, 2, 16])),
+        &[&codes, "[5, 63, 2, 16]"],
+    );
+    let bias = format!("{experts}.gate_up_proj_bias");
+    refused(&bias, None, &["experts.0.gate_proj.bias", &bias]);
+    refused(&bias, Some((DType::F16, vec![5, 32])), &[&bias, "[5, 64]"]);
+
+    let mxfp4 = json!({"quant_method": "mxfp4"});
+    let error = load_changed("llama", &[("quantization_config", mxfp4)]).unwrap_err();
+    assert!(error.to_string().contains("mxfp4"), "{error}");
+    let error = load_changed("gpt_oss", &[("swiglu_limit", json!(5.0))]).unwrap_err();
+    assert!(error.to_string().contains("swiglu_limit 5"), "{error}");
+}
+
 /// A linear that does not say that it is packed, so that nothing is multiplied together with it.
 struct Alone(Arc<dyn Linear>);
 

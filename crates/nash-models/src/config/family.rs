@@ -375,11 +375,21 @@ pub(crate) const FAMILIES: &[Family] = &[
     },
 ];
 
+/// Architectures that are known to need what the forward pass has not.
+const REFUSED: &[(&str, &str)] = &[
+    ("deepseek_v2", LATENT),
+    ("deepseek_v3", LATENT),
+    ("deepseek2", LATENT),
+    ("kimi_k2", LATENT),
+    ("glm4_moe_lite", LATENT),
+];
+const LATENT: &str = "multi-head latent attention (MLA)";
+
 impl Family {
     /// The family of a `model_type`.
     ///
     /// # Errors
-    /// [`ModelError::UnknownArchitecture`] with the list of known ones.
+    /// [`ModelError::UnknownArchitecture`] with the list of known ones; [`ModelError::Unsupported`] with what is missing.
     pub(crate) fn from_hf(model_type: &str) -> Result<&'static Self> {
         Self::find(model_type, |family| family.hf)
     }
@@ -387,7 +397,7 @@ impl Family {
     /// The family of a `general.architecture`.
     ///
     /// # Errors
-    /// [`ModelError::UnknownArchitecture`] with the list of known ones.
+    /// [`ModelError::UnknownArchitecture`] with the list of known ones; [`ModelError::Unsupported`] with what is missing.
     pub(crate) fn from_gguf(architecture: &str) -> Result<&'static Self> {
         Self::find(architecture, |family| family.gguf)
     }
@@ -407,6 +417,12 @@ impl Family {
     }
 
     fn find(name: &str, names: impl Fn(&Self) -> &'static [&'static str]) -> Result<&'static Self> {
+        if let Some((_, what)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
+            return Err(ModelError::Unsupported {
+                architecture: name.to_owned(),
+                what: (*what).to_owned(),
+            });
+        }
         FAMILIES
             .iter()
             .find(|family| names(family).contains(&name))
@@ -442,5 +458,12 @@ mod tests {
             "{error}"
         );
         assert!(Family::from_gguf("opt").is_err(), "there is no GGUF form of OPT");
+        for refused in [Family::from_hf("deepseek_v3"), Family::from_gguf("deepseek2")] {
+            let error = refused.unwrap_err().to_string();
+            assert!(
+                error.contains("deepseek") && error.contains("latent attention"),
+                "{error}"
+            );
+        }
     }
 }

@@ -31,7 +31,7 @@ SMALL = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_
 MOE = SMALL | dict(intermediate_size=28, num_key_value_heads=4)
 TINY = SMALL | dict(hidden_size=32, intermediate_size=32, head_dim=16)
 GPT_OSS = dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=7, rope_theta=300.0,
-               rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+               rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=4.0, beta_slow=1.0, truncate=False,
                                  original_max_position_embeddings=32))
 GPT2 = dict(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 OPT = dict(vocab_size=VOCAB, hidden_size=48, ffn_dim=72, num_hidden_layers=2, num_attention_heads=4,
@@ -264,7 +264,8 @@ def write_gguf(path, config, arch, state, dtype):
         dim = get("head_dim") or width // heads
         writer.add_key_length(dim)
         writer.add_value_length(dim)
-        writer.add_rope_dimension_count(int(dim * (get("partial_rotary_factor") or 1)))
+        if arch != "gpt-oss":
+            writer.add_rope_dimension_count(int(dim * (get("partial_rotary_factor") or 1)))
         writer.add_rope_freq_base(config.rope_theta)
     if arch in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window)
@@ -298,6 +299,9 @@ def write_gguf(path, config, arch, state, dtype):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        if "beta_fast" in scaling:
+            writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
     for name, value in tensors.items():
         if value.dtype == np.uint8:
             writer.add_tensor(name, np.ascontiguousarray(value), raw_dtype=gguf.GGMLQuantizationType.MXFP4)
