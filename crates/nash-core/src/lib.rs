@@ -20,6 +20,7 @@ mod model_file;
 mod region;
 mod tensor;
 
+pub use dequant::decode_mxfp4_pairs;
 pub use dtype::DType;
 pub use error::{CoreError, ErrorKind, Result};
 pub use gguf::Gguf;

@@ -7,7 +7,7 @@
 //! the number of threads, and a long context costs no memory beyond the cache.
 //!
 //! Positions of this call are read in f32, earlier ones from the f16 cache; with one token everything comes from
-//! the cache. Shapes: q `[T, heads·D]`, k and v `[T, kv_heads·D]`, D = head_dim; G = heads/kv_heads query heads share
+//! the cache. A sink (gpt-oss; Xiao et al. 2023) joins the sum l of its head when the states are merged. Shapes: q `[T, heads·D]`, k and v `[T, kv_heads·D]`, D = head_dim; G = heads/kv_heads query heads share
 //! a key head; a unit's rows are ordered token by token, then by query head.
 
 use std::cell::Cell;
@@ -33,6 +33,8 @@ const MERGE_TOKENS: usize = 16;
 /// One attention call.
 pub(crate) struct Attend<'a> {
     pub(crate) config: &'a AttentionConfig,
+    /// `[heads]`: a score per head that takes its share of the weights and has no value.
+    pub(crate) sinks: Option<&'a [f32]>,
     /// What this layer sees, its own position included; `None` for everything.
     pub(crate) window: Option<usize>,
     /// Position of the first query.
@@ -253,7 +255,9 @@ impl Attend<'_> {
                 .clone()
                 .map(|state| state[rows * dim + row])
                 .fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0.0;
+            let sink = self.sinks.map(|sinks| sinks[head * plan.group + g]);
+            let max = sink.map_or(max, |sink| max.max(sink));
+            let mut sum = sink.map_or(0.0, |sink| math::exp(sink - max));
             out.fill(0.0);
             for state in parts.clone() {
                 let weight = math::exp(state[rows * dim + row] - max);
@@ -335,6 +339,7 @@ mod tests {
         dim: usize,
         window: Option<usize>,
         softcap: Option<f32>,
+        sinks: Option<Vec<f32>>,
         /// Positions in the cache, and tokens of the call.
         start: usize,
         tokens: usize,
@@ -378,7 +383,8 @@ mod tests {
                             .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                     });
                     let weights: Vec<f64> = scores.map(f64::exp).collect();
-                    let total: f64 = weights.iter().sum();
+                    let sink = self.sinks.as_ref().map(|sinks| f64::from(sinks[head]).exp());
+                    let total: f64 = weights.iter().sum::<f64>() + sink.unwrap_or(0.0);
                     out.extend((0..dim).map(|j| {
                         let values = (first..=position).map(|p| read(v, p, head / group, j));
                         weights.iter().zip(values).map(|(w, v)| w * v).sum::<f64>() / total
@@ -402,6 +408,7 @@ mod tests {
             cache.store(0, 0, &k, &v);
             let call = Attend {
                 config: &config.attention,
+                sinks: self.sinks.as_deref(),
                 window: self.window,
                 start: self.start,
                 q: &q,
@@ -438,16 +445,21 @@ mod tests {
                 for (heads, kv_heads, dim, softcap) in
                     [(6, 2, 16, None), (3, 3, 10, Some(2.0)), (4, 1, 24, None)]
                 {
-                    Setting {
-                        heads,
-                        kv_heads,
-                        dim,
-                        window,
-                        softcap,
-                        start,
-                        tokens,
+                    // Sinks from lower to higher than any score.
+                    let sinks = (0..heads).map(|head| head as f32 * 20.0 - 30.0).collect();
+                    for sinks in [None, Some(sinks)] {
+                        Setting {
+                            heads,
+                            kv_heads,
+                            dim,
+                            window,
+                            softcap,
+                            sinks,
+                            start,
+                            tokens,
+                        }
+                        .check();
                     }
-                    .check();
                 }
             }
         }

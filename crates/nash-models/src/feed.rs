@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use nash_kernels::{dense, pool};
+use nash_kernels::{Activations, dense, pool};
 
 use crate::config::{Activation, MoeConfig, Scoring};
 use crate::linear::Input;
 use crate::manifest::Site;
 use crate::math;
-use crate::scratch::{MlpScratch, Scratch, sized};
+use crate::scratch::{MlpScratch, MoeScratch, Routed, Scratch, sized};
 use crate::tap::Tap;
-use crate::weights::{Projection, Weights};
+use crate::weights::{Projected, Projection, Weights};
 
 /// A feed-forward block.
 pub(crate) enum Feed {
@@ -110,13 +110,8 @@ impl Mlp {
         let activations = input.into_buffer();
         let kind = cx.activation;
         let MlpScratch { gate, up, .. } = buffers;
-        let inner = if self.gate.is_some() {
-            pool::for_each_chunk(gate, CHUNK, |i, gate| {
-                math::activate(kind, gate);
-                gate.iter_mut()
-                    .zip(&up[i * CHUNK..])
-                    .for_each(|(gate, up)| *gate *= up);
-            });
+        let inner: &[f32] = if self.gate.is_some() {
+            activate_gated(kind, gate, up);
             gate
         } else {
             pool::for_each_chunk(up, CHUNK, |_, up| math::activate(kind, up));
@@ -128,6 +123,36 @@ impl Mlp {
         cx.weights.project(&self.down, &input, out);
         buffers.activations = input.into_buffer();
     }
+}
+
+/// `gate ← act(gate) ∘ up`.
+fn activate_gated(kind: Activation, gate: &mut [f32], up: &[f32]) {
+    pool::for_each_chunk(gate, CHUNK, |i, gate| {
+        math::activate_gated(kind, gate, &up[i * CHUNK..])
+    });
+}
+
+/// Which projection of an expert, and the outputs of all experts, in order.
+type Output<'a> = (fn(&Mlp) -> Option<&Projection>, &'a mut [f32]);
+
+/// The rows of each expert that has any.
+fn by_expert(routed: &[Routed]) -> impl Iterator<Item = &[Routed]> {
+    routed.chunk_by(|a, b| a.expert == b.expert)
+}
+
+/// Rows of routed tokens that are worked on together, about: enough to share out, little enough to fit in memory.
+const PART_ROWS: usize = 2048;
+
+/// Takes the rows of some experts, at least one, off the front.
+fn take_part<'a>(rest: &mut &'a [Routed]) -> &'a [Routed] {
+    let mut len = 0;
+    for group in by_expert(rest) {
+        if len > 0 && len + group.len() > PART_ROWS {
+            break;
+        }
+        len += group.len();
+    }
+    rest.split_off(..len).unwrap_or_default()
 }
 
 impl Experts {
@@ -160,35 +185,138 @@ impl Experts {
                 sized(out, tokens * d).fill(0.0);
             }
         }
-        for (expert, chosen) in self.route(&mut moe.scores).into_iter().enumerate() {
-            if chosen.is_empty() {
-                continue;
+        self.route(moe);
+        self.mix(cx, normed, moe, out);
+    }
+
+    /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`.
+    fn mix(&self, cx: &mut Context<'_>, normed: &[f32], moe: &mut MoeScratch, out: &mut [f32]) {
+        let routed = std::mem::take(&mut moe.routed);
+        let mut rest = &routed[..];
+        while !rest.is_empty() {
+            let part = take_part(&mut rest);
+            self.mix_part(cx, (normed, part), moe, out);
+        }
+        moe.routed = routed;
+    }
+
+    /// [`Self::mix`] for some of the experts: their products with gate and up are one piece of work, those with down another.
+    fn mix_part(
+        &self,
+        cx: &mut Context<'_>,
+        (normed, routed): (&[f32], &[Routed]),
+        moe: &mut MoeScratch,
+        out: &mut [f32],
+    ) {
+        let MoeScratch {
+            gathered,
+            gate,
+            up,
+            answers,
+            activations,
+            ..
+        } = moe;
+        let Some(first) = self.experts.first() else { return };
+        let weights = cx.weights;
+        let (d, f) = (weights.info(first.up.slot).cols, self.config.intermediate);
+        let x = if normed.len() == d {
+            normed
+        } else {
+            gathered.clear();
+            for row in routed {
+                gathered.extend_from_slice(&normed[row.token * d..(row.token + 1) * d]);
             }
-            moe.gathered.clear();
-            for &(token, _) in &chosen {
-                moe.gathered
-                    .extend_from_slice(&normed[token * d..(token + 1) * d]);
-            }
-            cx.tap
-                .input(cx.layer, Site::ExpertIn(expert), &moe.gathered, chosen.len(), d);
-            let input = Input::with_buffer(&moe.gathered, d, std::mem::take(&mut mlp.activations));
-            self.experts[expert].forward(cx, Site::ExpertDown(expert), input, mlp, &mut moe.expert_out);
-            for (&(token, weight), answer) in chosen.iter().zip(moe.expert_out.chunks_exact(d)) {
-                let out = &mut out[token * d..(token + 1) * d];
-                out.iter_mut()
-                    .zip(answer)
-                    .for_each(|(out, answer)| *out += weight * answer);
-            }
+            gathered
+        };
+        let mut inputs = self.inputs(cx, (x, d), Site::ExpertIn, routed, activations);
+        if weights.is_packed(&first.up) {
+            Input::quantize_each(&mut inputs);
+        }
+        let (gates, ups) = (sized(gate, routed.len() * f), sized(up, routed.len() * f));
+        let outputs: &mut [Output<'_>] = &mut [(|e| e.gate.as_ref(), gates), (|e| Some(&e.up), ups)];
+        self.project(weights, routed, &inputs, outputs);
+        activations.extend(inputs.into_iter().map(Input::into_buffer));
+
+        activate_gated(cx.activation, gate, up);
+
+        let mut inputs = self.inputs(cx, (gate, f), Site::ExpertDown, routed, activations);
+        if weights.is_packed(&first.down) {
+            Input::quantize_each(&mut inputs);
+        }
+        let outputs: &mut [Output<'_>] = &mut [(|e| Some(&e.down), sized(answers, routed.len() * d))];
+        self.project(weights, routed, &inputs, outputs);
+        activations.extend(inputs.into_iter().map(Input::into_buffer));
+
+        for (row, answer) in routed.iter().zip(answers.chunks_exact(d)) {
+            let out = &mut out[row.token * d..(row.token + 1) * d];
+            out.iter_mut()
+                .zip(answer)
+                .for_each(|(out, answer)| *out += row.weight * answer);
         }
     }
 
-    /// Per expert its tokens with their mixing weights, given the router's logits `[T, experts]`.
-    fn route(&self, logits: &mut [f32]) -> Vec<Vec<(usize, f32)>> {
+    /// The rows of `x [A, n]` as one input per expert, or the only row `x [n]` as the input of all, quantized once; the tap
+    /// sees what each expert reads. The inputs are lent buffers.
+    fn inputs<'x>(
+        &self,
+        cx: &mut Context<'_>,
+        (x, n): (&'x [f32], usize),
+        site: fn(usize) -> Site,
+        routed: &[Routed],
+        buffers: &mut Vec<Activations>,
+    ) -> Vec<Input<'x>> {
+        let one = x.len() == n;
+        let mut rest = x;
+        let mut inputs = Vec::with_capacity(self.config.experts.min(routed.len()));
+        for group in by_expert(routed) {
+            let rows = if one {
+                x
+            } else {
+                rest.split_off(..group.len() * n).unwrap_or_default()
+            };
+            cx.tap
+                .input(cx.layer, site(group[0].expert), rows, group.len(), n);
+            if !one || inputs.is_empty() {
+                inputs.push(Input::with_buffer(rows, n, buffers.pop().unwrap_or_default()));
+            }
+        }
+        inputs
+    }
+
+    /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs.
+    fn project<'a>(
+        &'a self,
+        weights: &Weights,
+        routed: &[Routed],
+        inputs: &'a [Input<'a>],
+        outputs: &mut [Output<'a>],
+    ) {
+        let mut products = Vec::with_capacity(outputs.len() * self.config.experts.min(routed.len()));
+        for (i, group) in by_expert(routed).enumerate() {
+            let expert = &self.experts[group[0].expert];
+            let input = inputs.get(i).unwrap_or(&inputs[0]);
+            for (which, rest) in outputs.iter_mut() {
+                let Some(projection) = which(expert) else { continue };
+                let len = group.len() * weights.info(projection.slot).rows;
+                let y = rest.split_off_mut(..len).unwrap_or_default();
+                products.push(Projected { projection, input, y });
+            }
+        }
+        weights.project_all(&mut products);
+    }
+
+    /// Sorts the tokens by expert into `moe.routed`, given the router's logits `moe.scores [T, experts]`.
+    fn route(&self, moe: &mut MoeScratch) {
         let config = &self.config;
-        let mut chosen = vec![Vec::new(); config.experts];
-        let mut order: Vec<usize> = Vec::new();
-        let mut ranks: Vec<f32> = Vec::new();
-        for (token, scores) in logits.chunks_exact_mut(config.experts).enumerate() {
+        let MoeScratch {
+            scores,
+            ranks,
+            order,
+            routed,
+            ..
+        } = moe;
+        routed.clear();
+        for (token, scores) in scores.chunks_exact_mut(config.experts).enumerate() {
             match config.scoring {
                 Scoring::Softmax => math::softmax(scores),
                 Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = math::sigmoid(*s)),
@@ -202,7 +330,7 @@ impl Experts {
                     .zip(correction.iter())
                     .for_each(|(rank, c)| *rank += c);
             }
-            self.close_groups(&mut ranks);
+            self.close_groups(ranks);
             order.clear();
             order.extend(0..config.experts);
             order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
@@ -213,11 +341,13 @@ impl Experts {
             } else {
                 config.scale
             };
-            for &expert in &order {
-                chosen[expert].push((token, scores[expert] * scale));
-            }
+            routed.extend(order.iter().map(|&expert| Routed {
+                expert,
+                token,
+                weight: scores[expert] * scale,
+            }));
         }
-        chosen
+        routed.sort_unstable_by_key(|row| (row.expert, row.token));
     }
 
     /// Group-limited routing (DeepSeek-V3): only the groups with the best sums of two experts stay open.
@@ -246,5 +376,31 @@ impl Experts {
         for &(group, _) in &order[groups.top_k..] {
             ranks[group * size..(group + 1) * size].fill(f32::NEG_INFINITY);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_whole_experts_within_the_limit() {
+        let sizes = [3, PART_ROWS - 3, 1, PART_ROWS + 5, PART_ROWS, 7, 8];
+        let rows = |(expert, size): (usize, &usize)| {
+            let row = Routed {
+                expert,
+                token: 0,
+                weight: 1.0,
+            };
+            vec![row; *size]
+        };
+        let routed: Vec<Routed> = sizes.iter().enumerate().flat_map(rows).collect();
+        let mut rest = &routed[..];
+        let mut parts = Vec::new();
+        while !rest.is_empty() {
+            let part = take_part(&mut rest);
+            parts.push(by_expert(part).map(|group| group[0].expert).collect::<Vec<_>>());
+        }
+        assert_eq!(parts, [vec![0, 1], vec![2], vec![3], vec![4], vec![5, 6]]);
     }
 }

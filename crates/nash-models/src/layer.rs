@@ -21,6 +21,8 @@ pub(crate) struct Layer {
     pub(crate) v: Projection,
     pub(crate) q_norm: Option<Norm>,
     pub(crate) k_norm: Option<Norm>,
+    /// `[heads]`.
+    pub(crate) sinks: Option<Arc<[f32]>>,
     pub(crate) o: Projection,
     /// On the output of attention ([`NormPlacement::Sandwich`]).
     pub(crate) attn_post_norm: Option<Norm>,
@@ -55,6 +57,7 @@ impl Layer {
         for projection in [&mut self.q, &mut self.k, &mut self.v, &mut self.o] {
             projection.bias.iter_mut().for_each(&mut *visit);
         }
+        self.sinks.iter_mut().for_each(&mut *visit);
         self.feed.for_each_float(visit);
     }
 
@@ -160,6 +163,7 @@ impl Layer {
         let heads = sized(heads, tokens * config.q_dim());
         let attention = Attend {
             config: a,
+            sinks: self.sinks.as_deref(),
             window: config.window(cx.layer),
             start: call.start,
             q,

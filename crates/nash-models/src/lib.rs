@@ -38,6 +38,7 @@ mod norm;
 mod rope;
 mod sampler;
 mod scratch;
+mod stacked;
 mod stop;
 mod tap;
 mod vocabulary;

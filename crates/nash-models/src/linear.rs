@@ -12,6 +12,7 @@ use nash_kernels::{Activations, PackedRef, pool};
 
 use crate::error::Result;
 use crate::scratch::sized;
+use crate::stacked::Stacked;
 
 /// Activations `x [T, n]` on their way into one or several linears.
 ///
@@ -72,6 +73,17 @@ impl<'a> Input<'a> {
         })
     }
 
+    /// Makes the quantized forms of several inputs as one piece of work.
+    pub(crate) fn quantize_each(inputs: &mut [Self]) {
+        let all: usize = inputs.iter().map(|input| input.x.len()).sum();
+        let together = QUANTIZE_FLOATS * inputs.len() / all.max(1);
+        pool::for_each_chunk(inputs, together.max(1), |_, inputs| {
+            for input in inputs {
+                input.activations();
+            }
+        });
+    }
+
     /// The buffer, for the next input.
     #[must_use]
     pub fn into_buffer(self) -> Activations {
@@ -81,6 +93,9 @@ impl<'a> Input<'a> {
             .unwrap_or_default()
     }
 }
+
+/// Floats that one task quantizes, about.
+const QUANTIZE_FLOATS: usize = 1 << 14;
 
 /// A weight matrix `W [rows, cols]`.
 pub trait Linear: Send + Sync {
@@ -123,12 +138,19 @@ pub trait Linear: Send + Sync {
 /// copy of it.
 #[derive(Debug, Clone)]
 pub struct FloatLinear {
-    tensor: Tensor,
-    /// The matrix is rows `first..first + rows` of the tensor (a slice of fused projections or stacked experts).
-    first: usize,
+    source: Source,
     rows: usize,
     /// The matrix is these columns of those rows; `None` for all.
     columns: Option<Arc<[u32]>>,
+}
+
+/// Where the rows of a matrix are.
+#[derive(Debug, Clone)]
+enum Source {
+    /// One after the other, from row `first` on (a slice of fused projections or stacked experts).
+    Rows { tensor: Tensor, first: usize },
+    /// In a stack of experts that keeps them in another way.
+    Stacked(Stacked),
 }
 
 /// Floats that one task decodes, in whole rows.
@@ -148,8 +170,7 @@ impl FloatLinear {
     pub fn new(tensor: Tensor) -> Self {
         let rows = tensor.rows();
         Self {
-            tensor,
-            first: 0,
+            source: Source::Rows { tensor, first: 0 },
             rows,
             columns: None,
         }
@@ -164,17 +185,26 @@ impl FloatLinear {
         let end = first.saturating_add(rows);
         tensor.dequantize_rows(end..end, &mut [])?;
         Ok(Self {
-            tensor,
-            first,
+            source: Source::Rows { tensor, first },
             rows,
             columns: None,
         })
     }
 
+    /// An expert of a stack.
+    #[must_use]
+    pub(crate) fn stacked(expert: Stacked) -> Self {
+        Self {
+            rows: expert.rows(),
+            source: Source::Stacked(expert),
+            columns: None,
+        }
+    }
+
     /// These columns of the matrix alone, each below its number of columns.
     #[must_use]
     pub(crate) fn with_columns(self, columns: Arc<[u32]>) -> Self {
-        debug_assert!(columns.iter().all(|&c| (c as usize) < self.tensor.cols()));
+        debug_assert!(columns.iter().all(|&c| (c as usize) < self.source_cols()));
         Self {
             columns: Some(columns),
             ..self
@@ -184,14 +214,25 @@ impl FloatLinear {
     /// Element type in the file.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.tensor.dtype
+        match &self.source {
+            Source::Rows { tensor, .. } => tensor.dtype,
+            Source::Stacked(expert) => expert.dtype(),
+        }
+    }
+
+    /// Columns before any are left out.
+    fn source_cols(&self) -> usize {
+        match &self.source {
+            Source::Rows { tensor, .. } => tensor.cols(),
+            Source::Stacked(expert) => expert.cols(),
+        }
     }
 
     fn decode(&self, row: usize, out: &mut [f32]) {
         let Some(columns) = &self.columns else {
             return self.decode_whole(row, out);
         };
-        let mut whole = vec![0.0; self.tensor.cols()];
+        let mut whole = vec![0.0; self.source_cols()];
         for (r, out) in out.chunks_exact_mut(columns.len()).enumerate() {
             self.decode_whole(row + r, &mut whole);
             for (out, &column) in out.iter_mut().zip(&columns[..]) {
@@ -201,9 +242,14 @@ impl FloatLinear {
     }
 
     fn decode_whole(&self, row: usize, out: &mut [f32]) {
-        let rows = out.len() / self.tensor.cols();
-        let start = self.first + row;
-        let result = self.tensor.dequantize_rows(start..start + rows, out);
+        let rows = out.len() / self.source_cols();
+        let result = match &self.source {
+            Source::Rows { tensor, first } => {
+                let start = first + row;
+                tensor.dequantize_rows(start..start + rows, out)
+            }
+            Source::Stacked(expert) => expert.decode(row, out),
+        };
         debug_assert!(
             result.is_ok(),
             "rows were checked when the linear was made: {result:?}"
@@ -219,7 +265,7 @@ impl Linear for FloatLinear {
     fn cols(&self) -> usize {
         self.columns
             .as_ref()
-            .map_or(self.tensor.cols(), |columns| columns.len())
+            .map_or(self.source_cols(), |columns| columns.len())
     }
 
     fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
@@ -256,8 +302,11 @@ impl Linear for FloatLinear {
     }
 
     fn resident_bytes(&self) -> usize {
-        let rows = self.tensor.data.len() / self.tensor.rows().max(1) * self.rows;
-        rows / self.tensor.cols().max(1) * self.cols()
+        let whole = match &self.source {
+            Source::Rows { tensor, .. } => tensor.data.len() / tensor.rows().max(1) * self.rows,
+            Source::Stacked(expert) => expert.bytes(),
+        };
+        whole / self.source_cols().max(1) * self.cols()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use nash_core::{ModelFile, Region, Tensor};
+use nash_core::{DType, ModelFile, Region, Tensor};
 
 use crate::config::{Family, ModelConfig, NormPlacement, QkNorm, VocabParts, gguf_family};
 use crate::error::{ModelError, Result};
@@ -12,8 +12,9 @@ use crate::layer::Layer;
 use crate::linear::{FloatLinear, Linear, PackedLinear};
 use crate::manifest::{FloatSpec, LinearSpec, Manifest};
 use crate::model::Model;
-use crate::names::{Part, TensorKey};
+use crate::names::{Every, Form, Part, TensorKey};
 use crate::norm::Norm;
+use crate::stacked::{MX_BYTES, MX_GROUP, Stack, Stacked};
 use crate::weights::{Projection, Weights};
 
 /// Reads configuration and weights. Weights stay in the mapped file; norms, biases and position tables become floats.
@@ -25,9 +26,9 @@ pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(&ModelConfig) -> VocabPart
             gguf_family(gguf, gguf.str("general.architecture")?)?,
         ),
         ModelFile::Hf(folder) => {
-            refuse_quantized(folder.config())?;
             let config = ModelConfig::from_hf(folder.config())?;
             let family = Family::named(&config.architecture)?;
+            refuse_quantized(folder.config(), family)?;
             (config, family)
         }
         ModelFile::Packed(folder) => {
@@ -80,20 +81,16 @@ pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(&ModelConfig) -> VocabPart
     })
 }
 
-/// Weights of another quantizer would be read as if they were plain numbers.
-fn refuse_quantized(config: &serde_json::Value) -> Result<()> {
-    let Some(method) = config
+/// Weights of another quantizer than the family's own would be read as if they were plain numbers.
+fn refuse_quantized(config: &serde_json::Value, family: &Family) -> Result<()> {
+    let method = config
         .get("quantization_config")
-        .and_then(|q| q.get("quant_method"))
-    else {
+        .and_then(|q| q.get("quant_method"));
+    let Some(method) = method.filter(|method| method.as_str() != family.hf_quantizer) else {
         return Ok(());
     };
-    let architecture = config
-        .get("model_type")
-        .and_then(|name| name.as_str())
-        .unwrap_or("model");
     Err(ModelError::Unsupported {
-        architecture: architecture.to_owned(),
+        architecture: family.name.to_owned(),
         what: format!("reading weights that {method} has quantized (take the original folder)"),
     })
 }
@@ -132,11 +129,15 @@ impl Loader<'_> {
             }
         }
         let tried: Vec<String> = candidates.into_iter().map(|(name, _)| name).collect();
-        Err(ModelError::MissingTensor {
+        Err(self.missing(key, &tried.join(", ")))
+    }
+
+    fn missing(&self, key: TensorKey, tried: &str) -> ModelError {
+        ModelError::MissingTensor {
             file: self.path(),
             tensor: key.name(),
-            tried: tried.join(", "),
-        })
+            tried: tried.to_owned(),
+        }
     }
 
     fn check_shape(&self, tensor: &Tensor, expected: &[usize]) -> Result<()> {
@@ -158,17 +159,13 @@ impl Loader<'_> {
     }
 
     /// Rows of the stored tensor that make up the part, and all rows it must have.
-    fn rows(&self, part: Part, key: TensorKey, rows: usize) -> (usize, usize) {
+    fn rows(&self, part: Part, rows: usize) -> (usize, usize) {
         let (q, kv) = (self.config.q_dim(), self.config.kv_dim());
         match part {
-            Part::Whole => (0, rows),
+            Part::Whole | Part::Expert(..) => (0, rows),
             Part::Query => (0, q + 2 * kv),
             Part::Key => (q, q + 2 * kv),
             Part::Value => (q + kv, q + 2 * kv),
-            Part::Expert => (
-                key.expert * rows,
-                self.config.moe.as_ref().map_or(0, |moe| moe.experts * rows),
-            ),
         }
     }
 
@@ -185,7 +182,10 @@ impl Loader<'_> {
             return Ok(Arc::new(PackedLinear::new(packed.clone())));
         }
         let Found { tensor, part } = self.find(spec.key)?;
-        let (first, all) = spec.range.unwrap_or(self.rows(part, spec.key, rows));
+        if let Part::Expert(form, every) = part {
+            return Ok(Arc::new(self.expert(spec, tensor, form, every)?));
+        }
+        let (first, all) = spec.range.unwrap_or(self.rows(part, rows));
         let conv1d = self.family.names.transposed
             && spec.info.layer.is_some()
             && matches!(self.file, ModelFile::Hf(_));
@@ -196,16 +196,8 @@ impl Loader<'_> {
                 first..first + rows,
             )?)));
         }
-        match part {
-            Part::Expert => self.check_shape(&tensor, &[all / rows, rows, cols])?,
-            _ => self.check_shape(
-                &tensor,
-                &[
-                    all,
-                    spec.columns.as_ref().map_or(cols, |_| self.config.hidden_size),
-                ],
-            )?,
-        }
+        let stored = spec.columns.as_ref().map_or(cols, |_| self.config.hidden_size);
+        self.check_shape(&tensor, &[all, stored])?;
         let linear = FloatLinear::from_rows(tensor, first, rows)?;
         Ok(Arc::new(match &spec.columns {
             Some(columns) => linear.with_columns(Arc::clone(columns)),
@@ -213,19 +205,91 @@ impl Loader<'_> {
         }))
     }
 
+    fn experts(&self) -> usize {
+        self.config.moe.as_ref().map_or(0, |moe| moe.experts)
+    }
+
+    /// An expert's matrix in a stack.
+    fn expert(&self, spec: &LinearSpec, tensor: Tensor, form: Form, every: Every) -> Result<FloatLinear> {
+        let (rows, cols, expert) = (spec.info.rows, spec.info.cols, spec.key.expert);
+        let (experts, stored) = (self.experts(), rows * every.step);
+        let stack = match form {
+            Form::Rows => {
+                self.check_shape(&tensor, &[experts, stored, cols])?;
+                if every.step == 1 {
+                    return FloatLinear::from_rows(tensor, expert * rows, rows);
+                }
+                Stack::Rows(tensor)
+            }
+            Form::Columns => {
+                self.check_shape(&tensor, &[experts, cols, stored])?;
+                if !Stacked::reads_columns_of(tensor.dtype) {
+                    return Err(self.unreadable(&tensor));
+                }
+                Stack::Columns(tensor)
+            }
+            Form::Blocks => {
+                let name = tensor.name.trim_end_matches("blocks").to_owned() + "scales";
+                let scales = self.file.find(&name).cloned();
+                let scales = scales.ok_or_else(|| self.missing(spec.key, &name))?;
+                let bytes = [&tensor, &scales];
+                if let Some(other) = bytes.into_iter().find(|t| t.dtype != DType::U8) {
+                    return Err(self.unreadable(other));
+                }
+                if !cols.is_multiple_of(MX_GROUP) {
+                    return Err(self.unreadable(&tensor));
+                }
+                let groups = cols / MX_GROUP;
+                self.check_shape(&tensor, &[experts, stored, groups, MX_BYTES])?;
+                self.check_shape(&scales, &[experts, stored, groups])?;
+                Stack::Blocks {
+                    codes: tensor,
+                    scales,
+                }
+            }
+        };
+        Ok(FloatLinear::stacked(Stacked {
+            stack,
+            expert,
+            every,
+            shape: [rows, cols],
+        }))
+    }
+
+    fn unreadable(&self, tensor: &Tensor) -> ModelError {
+        ModelError::Unsupported {
+            architecture: self.config.architecture.clone(),
+            what: format!(
+                "{}: reading experts from tensor {} of type {} and shape {:?}",
+                self.path(),
+                tensor.name,
+                tensor.dtype,
+                tensor.shape
+            ),
+        }
+    }
+
     fn vector(&self, spec: &FloatSpec) -> Result<Arc<[f32]>> {
         let Found { tensor, part } = self.find(spec.key)?;
         let elements: usize = spec.shape.iter().product();
-        let (first, all) = self.rows(part, spec.key, elements);
-        if part == Part::Whole {
-            self.check_shape(&tensor, &spec.shape)?;
-        } else {
-            self.check_shape(&tensor, &[all])?;
-        }
-        let mut values = tensor.to_f32()?;
-        if part != Part::Whole {
-            values = values[first..first + elements].to_vec();
-        }
+        let mut values = match part {
+            Part::Whole => {
+                self.check_shape(&tensor, &spec.shape)?;
+                tensor.to_f32()?
+            }
+            Part::Expert(_, every) => {
+                let (expert, stored) = (spec.key.expert, elements * every.step);
+                self.check_shape(&tensor, &[self.experts(), stored])?;
+                let mut row = vec![0.0; stored];
+                tensor.dequantize_rows(expert..expert + 1, &mut row)?;
+                row.into_iter().skip(every.first).step_by(every.step).collect()
+            }
+            Part::Query | Part::Key | Part::Value => {
+                let (first, all) = self.rows(part, elements);
+                self.check_shape(&tensor, &[all])?;
+                tensor.to_f32()?[first..first + elements].to_vec()
+            }
+        };
         if spec.norm_weight && self.family.hf_norm_minus_one && matches!(self.file, ModelFile::Hf(_)) {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
@@ -298,6 +362,7 @@ impl Assembly<'_> {
             v: self.projection("layers.{i}.self_attn.v_proj.{p}", i, 0)?,
             q_norm: qk("layers.{i}.self_attn.q_norm.{p}")?,
             k_norm: qk("layers.{i}.self_attn.k_norm.{p}")?,
+            sinks: self.float("layers.{i}.self_attn.sinks", i),
             o: self.projection("layers.{i}.self_attn.o_proj.{p}", i, 0)?,
             attn_post_norm: post("layers.{i}.post_attention_layernorm.{p}")?,
             mlp_norm: self.norm("layers.{i}.pre_feedforward_layernorm.{p}", i)?,
@@ -333,19 +398,20 @@ impl Assembly<'_> {
                 down: self.projection("layers.{i}.mlp.shared_expert.down_proj.{p}", i, 0)?,
             })
         };
-        let float = |template| {
-            self.floats
-                .get(&TensorKey::weight(template, i, 0).name())
-                .cloned()
-        };
         Ok(Feed::Experts(Box::new(Experts {
             config: moe.clone(),
             router: self.projection("layers.{i}.mlp.router.{p}", i, 0)?,
-            correction: float("layers.{i}.mlp.router.correction_bias"),
+            correction: self.float("layers.{i}.mlp.router.correction_bias", i),
             experts: (0..moe.experts).map(expert).collect::<Result<_>>()?,
             shared: moe.shared.map(|_| shared()).transpose()?,
-            shared_gate: float("layers.{i}.mlp.shared_expert_gate.{p}"),
+            shared_gate: self.float("layers.{i}.mlp.shared_expert_gate.{p}", i),
         })))
+    }
+
+    /// A float tensor, if the model has it.
+    fn float(&self, template: &'static str, layer: usize) -> Option<Arc<[f32]>> {
+        let key = TensorKey::weight(template, layer, 0);
+        self.floats.get(&key.name()).cloned()
     }
 
     fn projection(&self, template: &'static str, layer: usize, expert: usize) -> Result<Projection> {
@@ -362,7 +428,7 @@ impl Assembly<'_> {
 
     fn norm(&self, template: &'static str, layer: usize) -> Result<Norm> {
         let key = TensorKey::weight(template, layer, 0);
-        let weight = self.floats.get(&key.name()).cloned();
+        let weight = self.float(template, layer);
         let weight = weight.ok_or_else(|| ModelError::NoSuchLinear { name: key.name() })?;
         let norm = &self.config.norm;
         Ok(Norm {

@@ -251,6 +251,10 @@ impl Manifest {
                 true,
             );
         }
+        if a.sinks {
+            let key = TensorKey::weight("layers.{i}.self_attn.sinks", layer, 0);
+            self.float(key, vec![a.heads], false);
+        }
         self.linear(
             ("layers.{i}.self_attn.o_proj.{p}", 0),
             at,
@@ -287,7 +291,7 @@ impl Manifest {
                     at,
                     Site::Router,
                     [moe.experts, d],
-                    false,
+                    moe.bias,
                 );
                 if moe.correction_bias {
                     let key = TensorKey::weight("layers.{i}.mlp.router.correction_bias", layer, 0);
@@ -301,21 +305,21 @@ impl Manifest {
                         at,
                         read,
                         [f, d],
-                        false,
+                        moe.bias,
                     );
                     self.linear(
                         ("layers.{i}.mlp.experts.{e}.up_proj.{p}", e),
                         at,
                         read,
                         [f, d],
-                        false,
+                        moe.bias,
                     );
                     self.linear(
                         ("layers.{i}.mlp.experts.{e}.down_proj.{p}", e),
                         at,
                         down,
                         [d, f],
-                        false,
+                        moe.bias,
                     );
                 }
                 if let Some(shared) = moe.shared {

@@ -75,6 +75,10 @@ pub(crate) fn activate(kind: Activation, x: &mut [f32]) {
             Activation::GeluTanh => x.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
             Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
             Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
+            Activation::ClampedSwiglu => x.iter_mut().for_each(|v| {
+                let low = v.min(SWIGLU_LIMIT);
+                *v = low * sigmoid(SWIGLU_RATE * low);
+            }),
         },
     );
 }
@@ -88,6 +92,22 @@ pub(crate) fn exp_below(max: f32, x: &mut [f32]) -> f32 {
             sum(x)
         },
     )
+}
+
+/// Limit of the clamped SwiGLU and the rate of its sigmoid (gpt-oss).
+pub(crate) const SWIGLU_LIMIT: f32 = 7.0;
+const SWIGLU_RATE: f32 = 1.702;
+
+/// `gate ← act(gate) ∘ up`, where the clamped SwiGLU also clamps `up` and adds one.
+pub(crate) fn activate_gated(kind: Activation, gate: &mut [f32], up: &[f32]) {
+    activate(kind, gate);
+    let pairs = gate.iter_mut().zip(up);
+    match kind {
+        Activation::ClampedSwiglu => {
+            pairs.for_each(|(gate, up)| *gate *= up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1.0);
+        }
+        _ => pairs.for_each(|(gate, up)| *gate *= up),
+    }
 }
 
 /// Replaces every value by the derivative of the nonlinearity there.
@@ -118,6 +138,11 @@ pub(crate) fn slope(kind: Activation, x: &mut [f32]) {
             *v = area + *v * density;
         }),
         Activation::Relu => x.iter_mut().for_each(|v| *v = f32::from(u8::from(*v > 0.0))),
+        Activation::ClampedSwiglu => x.iter_mut().for_each(|v| {
+            let s = sigmoid(SWIGLU_RATE * *v);
+            let slope = s * (1.0 + SWIGLU_RATE * *v * (1.0 - s));
+            *v = if *v < SWIGLU_LIMIT { slope } else { 0.0 };
+        }),
     }
 }
 

@@ -19,9 +19,31 @@ pub(crate) enum Part {
     Key,
     /// The value rows.
     Value,
-    /// The rows of expert `{e}` in a stack `[experts, m, n]`.
-    Expert,
+    /// Rows of expert `{e}` in a stack of all experts.
+    Expert(Form, Every),
 }
+
+/// How a stack keeps the matrix `[m, n]` of an expert; a bias is always in rows, `[experts, m]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// `[experts, m, n]`.
+    Rows,
+    /// `[experts, n, m]`.
+    Columns,
+    /// MXFP4 codes `[experts, m, n/32, 16]`, with scales `[experts, m, n/32]` in another tensor.
+    Blocks,
+}
+
+/// The stored rows of an expert that are meant: `first`, `first + step`, …
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Every {
+    pub(crate) first: usize,
+    pub(crate) step: usize,
+}
+
+const ALL: Every = Every { first: 0, step: 1 };
+const EVEN: Every = Every { first: 0, step: 2 };
+const ODD: Every = Every { first: 1, step: 2 };
 
 /// One canonical template and where a file may keep it. Several rows of one template are tried in order.
 #[derive(Debug)]
@@ -141,6 +163,63 @@ pub(crate) const SANDWICH: HfNames = HfNames {
     transposed: false,
 };
 
+/// gpt-oss: gate and up alternate row by row, plain numbers are transposed, MXFP4 is in two tensors.
+pub(crate) const GPT_OSS: HfNames = HfNames {
+    rules: &[
+        whole(
+            "layers.{i}.pre_feedforward_layernorm.{p}",
+            "layers.{i}.post_attention_layernorm.{p}",
+        ),
+        part(
+            Part::Expert(Form::Rows, EVEN),
+            "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+            "layers.{i}.mlp.experts.gate_up_proj_{p}",
+        ),
+        part(
+            Part::Expert(Form::Blocks, EVEN),
+            "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+            "layers.{i}.mlp.experts.gate_up_proj_blocks",
+        ),
+        part(
+            Part::Expert(Form::Columns, EVEN),
+            "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
+            "layers.{i}.mlp.experts.gate_up_proj",
+        ),
+        part(
+            Part::Expert(Form::Rows, ODD),
+            "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+            "layers.{i}.mlp.experts.gate_up_proj_{p}",
+        ),
+        part(
+            Part::Expert(Form::Blocks, ODD),
+            "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+            "layers.{i}.mlp.experts.gate_up_proj_blocks",
+        ),
+        part(
+            Part::Expert(Form::Columns, ODD),
+            "layers.{i}.mlp.experts.{e}.up_proj.{p}",
+            "layers.{i}.mlp.experts.gate_up_proj",
+        ),
+        part(
+            Part::Expert(Form::Rows, ALL),
+            "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+            "layers.{i}.mlp.experts.down_proj_{p}",
+        ),
+        part(
+            Part::Expert(Form::Blocks, ALL),
+            "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+            "layers.{i}.mlp.experts.down_proj_blocks",
+        ),
+        part(
+            Part::Expert(Form::Columns, ALL),
+            "layers.{i}.mlp.experts.{e}.down_proj.{p}",
+            "layers.{i}.mlp.experts.down_proj",
+        ),
+    ],
+    prefixes: PREFIXES,
+    transposed: false,
+};
+
 /// GPT-2.
 pub(crate) const GPT2: HfNames = HfNames {
     rules: &[
@@ -223,11 +302,17 @@ const GGUF: &[Rule] = &[
     whole("layers.{i}.self_attn.o_proj.{p}", "blk.{i}.attn_output.{p}"),
     whole("layers.{i}.self_attn.q_norm.{p}", "blk.{i}.attn_q_norm.{p}"),
     whole("layers.{i}.self_attn.k_norm.{p}", "blk.{i}.attn_k_norm.{p}"),
+    whole("layers.{i}.self_attn.sinks", "blk.{i}.attn_sinks.weight"),
     whole(
         "layers.{i}.post_attention_layernorm.{p}",
         "blk.{i}.post_attention_norm.{p}",
     ),
     whole("layers.{i}.pre_feedforward_layernorm.{p}", "blk.{i}.ffn_norm.{p}"),
+    // GLM-4.5 and gpt-oss, whose files have no `ffn_norm`.
+    whole(
+        "layers.{i}.pre_feedforward_layernorm.{p}",
+        "blk.{i}.post_attention_norm.{p}",
+    ),
     whole(
         "layers.{i}.post_feedforward_layernorm.{p}",
         "blk.{i}.post_ffw_norm.{p}",
@@ -241,17 +326,17 @@ const GGUF: &[Rule] = &[
         "blk.{i}.exp_probs_b.bias",
     ),
     part(
-        Part::Expert,
+        Part::Expert(Form::Rows, ALL),
         "layers.{i}.mlp.experts.{e}.gate_proj.{p}",
         "blk.{i}.ffn_gate_exps.{p}",
     ),
     part(
-        Part::Expert,
+        Part::Expert(Form::Rows, ALL),
         "layers.{i}.mlp.experts.{e}.up_proj.{p}",
         "blk.{i}.ffn_up_exps.{p}",
     ),
     part(
-        Part::Expert,
+        Part::Expert(Form::Rows, ALL),
         "layers.{i}.mlp.experts.{e}.down_proj.{p}",
         "blk.{i}.ffn_down_exps.{p}",
     ),
@@ -367,6 +452,8 @@ impl TensorKey {
         rules
             .iter()
             .filter(|rule| rule.canonical == self.template)
+            // A source without a property is that of the weight.
+            .filter(|rule| self.property == "weight" || rule.source.contains("{p}"))
             .map(|rule| (self.fill(rule.source), rule.part))
     }
 }

@@ -36,15 +36,34 @@ pub(crate) struct MlpScratch {
     pub(crate) activations: Activations,
 }
 
-/// Buffers of a mixture of experts.
+/// Buffers of a mixture of experts. A routed row is a token with one of its experts; A of them, expert by expert.
 #[derive(Default)]
 pub(crate) struct MoeScratch {
     /// `[T, experts]`.
     pub(crate) scores: Vec<f32>,
-    /// `[T_e, d]`: the tokens of one expert.
+    /// `[experts]`: scores of one token as the choice sees them, and the experts in their order.
+    pub(crate) ranks: Vec<f32>,
+    pub(crate) order: Vec<usize>,
+    /// `[A]`.
+    pub(crate) routed: Vec<Routed>,
+    /// `[A, d]`: what the experts read.
     pub(crate) gathered: Vec<f32>,
-    /// `[T_e, d]`: what it answers.
-    pub(crate) expert_out: Vec<f32>,
+    /// `[A, f]`.
+    pub(crate) gate: Vec<f32>,
+    pub(crate) up: Vec<f32>,
+    /// `[A, d]`: what they answer.
+    pub(crate) answers: Vec<f32>,
+    /// Lent to the inputs.
+    pub(crate) activations: Vec<Activations>,
+}
+
+/// A token and one of the experts that it goes to.
+#[derive(Clone, Copy)]
+pub(crate) struct Routed {
+    pub(crate) expert: usize,
+    pub(crate) token: usize,
+    /// Weight of the answer in the sum.
+    pub(crate) weight: f32,
 }
 
 impl std::fmt::Debug for Scratch {

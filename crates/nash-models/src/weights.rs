@@ -33,6 +33,14 @@ pub(crate) struct Projection {
     pub(crate) bias: Option<Arc<[f32]>>,
 }
 
+/// One output of [`Weights::project_all`].
+pub(crate) struct Projected<'a> {
+    pub(crate) projection: &'a Projection,
+    pub(crate) input: &'a Input<'a>,
+    /// `[T, m]`, replaced.
+    pub(crate) y: &'a mut [f32],
+}
+
 /// Outputs of a task that adds biases, in whole rows.
 const CHUNK: usize = 1 << 14;
 /// Rows of a task that looks for NaN.
@@ -90,24 +98,30 @@ impl Weights {
     /// [`Self::project`] for several projections of one input; packed ones as one piece of work.
     pub(crate) fn project_each<const N: usize>(
         &self,
-        mut outputs: [(&Projection, &mut Vec<f32>); N],
+        outputs: [(&Projection, &mut Vec<f32>); N],
         input: &Input<'_>,
     ) {
-        for (projection, y) in &mut outputs {
-            sized(y, input.tokens() * self.slots[projection.slot].linear.rows());
-        }
+        self.project_all(&mut outputs.map(|(projection, y)| {
+            let len = input.tokens() * self.slots[projection.slot].linear.rows();
+            let y = sized(y, len);
+            Projected { projection, input, y }
+        }));
+    }
+
+    /// [`Self::project`] for several projections, each of its own input; packed ones as one piece of work.
+    pub(crate) fn project_all(&self, outputs: &mut [Projected<'_>]) {
         let linear = |projection: &Projection| &self.slots[projection.slot].linear;
-        if outputs.iter().all(|(p, _)| linear(p).packed().is_some()) {
-            nash_kernels::matmul_each(outputs.iter_mut().filter_map(|(p, y)| {
-                let (w, x) = (linear(p).packed()?, input.activations());
-                Some(Product { w, x, y })
+        if outputs.iter().all(|out| self.is_packed(out.projection)) {
+            nash_kernels::matmul_each(outputs.iter_mut().filter_map(|out| {
+                let (w, x) = (linear(out.projection).packed()?, out.input.activations());
+                Some(Product { w, x, y: out.y })
             }));
         } else {
-            for (projection, y) in &mut outputs {
-                linear(projection).forward(input, y);
+            for out in outputs.iter_mut() {
+                linear(out.projection).forward(out.input, out.y);
             }
         }
-        for (projection, y) in outputs {
+        for Projected { projection, y, .. } in outputs {
             if let Some(bias) = &projection.bias {
                 let m = bias.len();
                 pool::for_each_chunk(y, (CHUNK / m).max(1) * m, |_, rows| {
@@ -117,6 +131,11 @@ impl Weights {
                 });
             }
         }
+    }
+
+    /// Whether the projection reads its input as int8.
+    pub(crate) fn is_packed(&self, projection: &Projection) -> bool {
+        self.slots[projection.slot].linear.packed().is_some()
     }
 
     /// Looks for the first weight that is not a finite number.

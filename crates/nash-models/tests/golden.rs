@@ -16,7 +16,7 @@ use nash_models::{KvCache, Model, Positions, RopeStyle, Site, Tap};
 const FLOAT: f32 = 2e-5;
 const HALF: f32 = 1e-2;
 
-const CASES: [&str; 29] = [
+const CASES: [&str; 33] = [
     "llama",
     "llama_tied_bias",
     "llama_rope3",
@@ -46,6 +46,10 @@ const CASES: [&str; 29] = [
     "dots1_groups",
     "glm4_moe",
     "glm4_moe_plain",
+    "glm4_moe_small",
+    "gpt_oss",
+    "gpt_oss_bf16",
+    "gpt_oss_mxfp4",
 ];
 
 struct Case {
@@ -199,7 +203,15 @@ impl Tap for Recorder {
 
 #[test]
 fn the_tap_sees_the_input_of_every_linear() {
-    for name in ["llama", "gemma3", "opt", "qwen2_moe", "dots1", "mixtral"] {
+    for name in [
+        "llama",
+        "gemma3",
+        "opt",
+        "qwen2_moe",
+        "dots1",
+        "mixtral",
+        "gpt_oss",
+    ] {
         let case = Case::open(name);
         let model = case.model("");
         let mut cache = KvCache::new(model.config(), case.tokens.len());

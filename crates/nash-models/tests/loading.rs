@@ -10,7 +10,7 @@ use nash_core::gguf_write::GgufWriter;
 use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
 use nash_core::{DType, Gguf, ModelFile, gguf};
 use nash_kernels::{PackedMatrix, PackedShape, Unpacked, Width, dequantize_row, pack};
-use nash_models::{DenseLinear, KvCache, Model, ModelConfig, ModelError, VocabParts};
+use nash_models::{DenseLinear, Input, KvCache, Linear, Model, ModelConfig, ModelError, VocabParts};
 use serde_json::{Value, json};
 
 fn golden(name: &str) -> PathBuf {
@@ -359,49 +359,61 @@ fn pack8(w: &[f32], rows: usize, cols: usize) -> PackedMatrix {
     pack(shape, &unpacked(codes, scales)).unwrap()
 }
 
+/// Writes all linears of a model with eight bits.
+fn write_packed(source: &Model, dir: &Path) {
+    let width = Width::new(8).unwrap();
+    let packed = source.linears().into_iter().map(|info| TensorSpec::Packed {
+        name: info.name,
+        shape: PackedShape {
+            rows: info.rows,
+            cols: info.cols,
+            width,
+        },
+    });
+    let floats = source.float_tensors();
+    let plain = floats.iter().map(|(name, shape, _)| TensorSpec::Float {
+        name: name.clone(),
+        dtype: DType::F32,
+        shape: shape.clone(),
+    });
+    let layout = PackedLayout::new(packed.chain(plain)).unwrap();
+    let mut writer = PackedWriter::create(dir, layout).unwrap();
+    for info in source.linears() {
+        let linear = source.linear(&info.name).unwrap();
+        let mut w = vec![0.0; info.rows * info.cols];
+        w.chunks_exact_mut(info.cols)
+            .enumerate()
+            .for_each(|(r, row)| linear.row(r, row));
+        writer
+            .packed(&info.name, pack8(&w, info.rows, info.cols).as_ref())
+            .unwrap();
+    }
+    for (name, _, values) in &floats {
+        writer.float(name, values).unwrap();
+    }
+    let config = json!({"model_type": "any", "nashswarm_model": source.config()});
+    writer
+        .finish(config.as_object().unwrap().clone(), serde_json::Map::new())
+        .unwrap();
+}
+
 #[test]
 fn a_packed_folder_loads_and_agrees_with_its_source() {
-    for name in ["llama", "gemma3", "gpt2", "opt", "qwen2_moe", "dots1"] {
+    for name in [
+        "llama",
+        "gemma3",
+        "gpt2",
+        "opt",
+        "qwen2_moe",
+        "dots1",
+        "gpt_oss_mxfp4",
+    ] {
         let source = model(name);
         let dir = tempfile::tempdir().unwrap();
-        let width = Width::new(8).unwrap();
-        let packed = source.linears().into_iter().map(|info| TensorSpec::Packed {
-            name: info.name,
-            shape: PackedShape {
-                rows: info.rows,
-                cols: info.cols,
-                width,
-            },
-        });
-        let floats = source.float_tensors();
-        let plain = floats.iter().map(|(name, shape, _)| TensorSpec::Float {
-            name: name.clone(),
-            dtype: DType::F32,
-            shape: shape.clone(),
-        });
-        let layout = PackedLayout::new(packed.chain(plain)).unwrap();
-        let mut writer = PackedWriter::create(dir.path(), layout).unwrap();
-        for info in source.linears() {
-            let linear = source.linear(&info.name).unwrap();
-            let mut w = vec![0.0; info.rows * info.cols];
-            w.chunks_exact_mut(info.cols)
-                .enumerate()
-                .for_each(|(r, row)| linear.row(r, row));
-            writer
-                .packed(&info.name, pack8(&w, info.rows, info.cols).as_ref())
-                .unwrap();
-        }
-        for (name, _, values) in &floats {
-            writer.float(name, values).unwrap();
-        }
-        let config = json!({"model_type": "any", "nashswarm_model": source.config()});
-        writer
-            .finish(config.as_object().unwrap().clone(), serde_json::Map::new())
-            .unwrap();
-
+        write_packed(&source, dir.path());
         let loaded = Model::load(&ModelFile::open(dir.path()).unwrap()).unwrap();
         assert_eq!(loaded.config(), source.config());
-        assert_eq!(loaded.float_tensors(), floats);
+        assert_eq!(loaded.float_tensors(), source.float_tensors());
         assert_eq!(loaded.linears(), source.linears());
         let tokens: Vec<u32> = (0..30).map(|i| i * 11 % 64).collect();
         let (got, want) = (logits(&loaded, &tokens), logits(&source, &tokens));
@@ -412,6 +424,124 @@ fn a_packed_folder_loads_and_agrees_with_its_source() {
         let relative = (error / norm).sqrt();
         let limit = if source.config().moe.is_some() { 0.2 } else { 0.06 };
         assert!(relative < limit, "{name}: relative error {relative}");
+    }
+}
+
+#[test]
+fn experts_in_mxfp4_that_do_not_fit_are_refused_by_name() {
+    let stored = golden("gpt_oss_mxfp4").join("model.safetensors");
+    let tensors = nash_core::Safetensors::open(stored).unwrap();
+    // What loading says if one tensor is missing, or has this type and shape.
+    let load = |name: &str, change: Option<(DType, Vec<usize>)>| {
+        let dir = tempfile::tempdir().unwrap();
+        let config = golden("gpt_oss_mxfp4").join("config.json");
+        std::fs::copy(config, dir.path().join("config.json")).unwrap();
+        let mut header = serde_json::Map::new();
+        let mut data = Vec::new();
+        for tensor in tensors.tensors() {
+            let (dtype, shape, bytes) = match (&change, tensor.name == name) {
+                (None, true) => continue,
+                (Some((dtype, shape)), true) => {
+                    let size = dtype.block_bytes() * shape.iter().product::<usize>();
+                    (*dtype, shape, vec![0; size])
+                }
+                _ => (tensor.dtype, &tensor.shape, tensor.data.to_vec()),
+            };
+            let start = data.len();
+            data.extend(bytes);
+            let entry = json!({"dtype": dtype.safetensors_name(), "shape": shape, "data_offsets": [start, data.len()]});
+            header.insert(tensor.name.clone(), entry);
+        }
+        let header = Value::Object(header).to_string();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.into_bytes());
+        file.extend(data);
+        std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        Model::load(&ModelFile::open(dir.path()).unwrap())
+    };
+    assert!(load("none of them", None).is_ok());
+    let experts = "model.layers.1.mlp.experts";
+    let (codes, scales) = (
+        format!("{experts}.gate_up_proj_blocks"),
+        format!("{experts}.gate_up_proj_scales"),
+    );
+    let refused = |name: &str, change, needles: &[&str]| {
+        let error = load(name, change).unwrap_err().to_string();
+        for needle in needles {
+            assert!(error.contains(needle), "{needle:?} in {error:?}");
+        }
+    };
+    refused(&scales, None, &["experts.0.gate_proj", &scales, "missing"]);
+    refused(&codes, None, &["experts.0.gate_proj", &codes, "missing"]);
+    refused(
+        &scales,
+        Some((DType::U8, vec![5, 64, 3])),
+        &[&scales, "[5, 64, 3]", "[5, 64, 2]"],
+    );
+    refused(&scales, Some((DType::F16, vec![5, 64, 2])), &[&scales, "F16"]);
+    refused(
+        &codes,
+        Some((DType::U8, vec![5, 63, 2, 16])),
+        &[&codes, "[5, 63, 2, 16]"],
+    );
+    let bias = format!("{experts}.gate_up_proj_bias");
+    refused(&bias, None, &["experts.0.gate_proj.bias", &bias]);
+    refused(&bias, Some((DType::F16, vec![5, 32])), &[&bias, "[5, 64]"]);
+
+    let mxfp4 = json!({"quant_method": "mxfp4"});
+    let error = load_changed("llama", &[("quantization_config", mxfp4)]).unwrap_err();
+    assert!(error.to_string().contains("mxfp4"), "{error}");
+    let error = load_changed("gpt_oss", &[("swiglu_limit", json!(5.0))]).unwrap_err();
+    assert!(error.to_string().contains("swiglu_limit 5"), "{error}");
+}
+
+/// A linear that does not say that it is packed, so that nothing is multiplied together with it.
+struct Alone(Arc<dyn Linear>);
+
+impl Linear for Alone {
+    fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
+    fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
+        self.0.forward(input, y);
+    }
+
+    fn row(&self, row: usize, out: &mut [f32]) {
+        self.0.row(row, out);
+    }
+
+    fn resident_bytes(&self) -> usize {
+        self.0.resident_bytes()
+    }
+}
+
+#[test]
+fn experts_multiplied_together_answer_what_each_answers_alone() {
+    for name in ["mixtral", "qwen2_moe", "dots1", "glm4_moe", "gpt_oss"] {
+        let dir = tempfile::tempdir().unwrap();
+        write_packed(&model(name), dir.path());
+        let load = || Model::load(&ModelFile::open(dir.path()).unwrap()).unwrap();
+        let (together, mut alone) = (load(), load());
+        for info in together.linears() {
+            let linear = Arc::clone(alone.linear(&info.name).unwrap());
+            alone.set_linear(&info.name, Arc::new(Alone(linear))).unwrap();
+        }
+        let tokens: Vec<u32> = (0..45).map(|i| i * 11 % 64).collect();
+        for chunk in [1, 2, 17, 45] {
+            let run = |model: &Model| -> Vec<u32> {
+                let mut cache = KvCache::new(model.config(), tokens.len());
+                let hidden = tokens
+                    .chunks(chunk)
+                    .flat_map(|tokens| model.forward(tokens, &mut cache, &mut ()).unwrap());
+                hidden.map(f32::to_bits).collect()
+            };
+            assert_eq!(run(&together), run(&alone), "{name} in chunks of {chunk}");
+        }
     }
 }
 

@@ -15,7 +15,7 @@ const MARK: &str = "digest of the logits: ";
 /// Digest of the logits of several models, by prefill and by decode.
 fn digest() -> u64 {
     let mut hasher = DefaultHasher::new();
-    for name in ["llama", "gemma3", "gpt2", "qwen2_moe"] {
+    for name in ["llama", "gemma3", "gpt2", "qwen2_moe", "gpt_oss_mxfp4"] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("tests/golden")
             .join(name);

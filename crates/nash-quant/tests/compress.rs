@@ -186,6 +186,24 @@ fn models_without_a_reverse_pass_are_measured() -> TestResult {
 }
 
 #[test]
+fn experts_stored_in_four_bits_are_packed_and_verified() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let out = dir.path().join("packed");
+    let source = golden("gpt_oss_mxfp4")?;
+    compress(&source, &|_| Ok(()), &out, &options(12.0), &())?;
+    let all = VerifyOptions {
+        rows_per_tensor: usize::MAX,
+    };
+    let found = verify(&PackedFolder::open(&out)?, Some(&source), all, &())?;
+    let found = found.equilibrium.ok_or("no equilibrium was checked")?;
+    assert_eq!(found.unsettled, 0);
+    let (source, packed) = (Model::load(&source)?, Model::load(&ModelFile::open(&out)?)?);
+    assert_eq!(packed.linears(), source.linears());
+    assert_eq!(packed.float_tensors().len(), source.float_tensors().len());
+    Ok(())
+}
+
+#[test]
 fn every_method_makes_a_model_and_the_games_lose_least() -> TestResult {
     let dir = tempfile::tempdir()?;
     let bits = feasible(0.25)?;

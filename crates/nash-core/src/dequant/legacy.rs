@@ -118,10 +118,27 @@ pub(super) fn iq4_xs(block: &[u8; 136], out: &mut [f32; 256]) {
 /// `e: E8M0, codes: [E2M1; 32]`. The grid is doubled, so the scale is 2^(e − 128).
 #[inline(always)]
 pub(super) fn mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
-    let e = u32::from(block[0]);
+    table_nibbles(&block[1..], e8m0_half(block[0]), &E2M1, out);
+}
+
+/// `d` of an MXFP4 block whose grid is doubled: 2^(e − 128).
+#[inline(always)]
+fn e8m0_half(e: u8) -> f32 {
+    let e = u32::from(e);
     // Exponents 0 and 1 are subnormal in binary32.
-    let d = f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 });
-    table_nibbles(&block[1..], d, &E2M1, out);
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 })
+}
+
+/// MXFP4 as Hugging Face folders keep it, scales apart from codes and neighbours in one byte: `scales: [E8M0; B]`,
+/// `codes: [[E2M1; 32]; B]` with element 2j in the low nibble of byte j. What is missing on any side is left out.
+pub fn decode_mxfp4_pairs(scales: &[u8], codes: &[u8], out: &mut [f32]) {
+    let blocks = out.as_chunks_mut::<32>().0.iter_mut();
+    for ((out, codes), &e) in blocks.zip(codes.as_chunks::<16>().0).zip(scales) {
+        let d = e8m0_half(e);
+        for (pair, &code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+            *pair = [d * E2M1[usize::from(code & 15)], d * E2M1[usize::from(code >> 4)]];
+        }
+    }
 }
 
 /// `scales: [unsigned E4M3; 4], codes: 4 × [E2M1; 16]`. The grid is doubled, so the scales are halved.

@@ -16,6 +16,7 @@ mod ternary;
 use pulp::NullaryFnOnce;
 
 use crate::DType;
+pub use legacy::decode_mxfp4_pairs;
 
 /// Decodes whole blocks: `out.len()` elements from `DType::bytes(out.len())` bytes. Surplus on either side is ignored.
 pub(crate) fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
@@ -171,6 +172,21 @@ mod tests {
             } else {
                 assert_eq!(found.to_bits(), expected.to_f32().to_bits(), "{bits:#06x}");
             }
+        }
+    }
+
+    #[test]
+    fn mxfp4_in_pairs_has_the_values_of_the_blocks_of_ggml() {
+        for e in 0..=255u8 {
+            // Element i has code 7i mod 16.
+            let code = |i: usize| (7 * i % 16) as u8;
+            let pairs: [u8; 16] = std::array::from_fn(|j| code(2 * j) | code(2 * j + 1) << 4);
+            let mut block = [e; 17];
+            (0..16).for_each(|j| block[1 + j] = code(j) | code(j + 16) << 4);
+            let (mut found, mut expected) = ([0.0; 32], [0.0; 32]);
+            decode_mxfp4_pairs(&[e], &pairs, &mut found);
+            decode(DType::MXFP4, &block, &mut expected);
+            assert_eq!(found.map(f32::to_bits), expected.map(f32::to_bits), "scale {e}");
         }
     }
 

@@ -3,7 +3,7 @@
 //!
 //! It serves compression, which asks how much the whole model's loss feels an error of one weight, and tunes what is not packed. In reverse a layer is
 //! given its input again and recomputes what it needs in `f32`, so that nothing but the residual stream between layers has to be kept.
-//! Sequences start at position 0. Mixtures of experts have no reverse pass.
+//! Sequences start at position 0. Mixtures of experts and sinks have no reverse pass.
 //!
 //! Shapes: T tokens of all sequences together, d = hidden size; `x` a value, `g` the gradient of the loss with respect to it. Results
 //! do not depend on the number of threads.
@@ -68,7 +68,7 @@ impl Model {
     pub fn has_backward(&self) -> bool {
         self.layers
             .iter()
-            .all(|layer| matches!(layer.feed, Feed::Dense(_)))
+            .all(|layer| matches!(layer.feed, Feed::Dense(_)) && layer.sinks.is_none())
     }
 
     /// Applies one layer to many short sequences at once, `x [T, d]` in place, every sequence from position 0: what decoding a weight costs is
@@ -109,10 +109,10 @@ impl Model {
         Ok(())
     }
 
-    /// A pass through a dense layer; `None` for a mixture of experts.
+    /// A pass through a dense layer; `None` for a mixture of experts and for attention with sinks.
     fn pass<'a>(&'a self, layer: usize, sequences: &'a [usize]) -> Option<(Pass<'a>, &'a Mlp)> {
         let this = &self.layers[layer];
-        let Feed::Dense(mlp) = &this.feed else {
+        let (Feed::Dense(mlp), None) = (&this.feed, &this.sinks) else {
             return None;
         };
         let pass = Pass {
@@ -130,7 +130,7 @@ impl Model {
     /// independent sequences that `x` holds one after the other.
     ///
     /// # Errors
-    /// [`ModelError::Unsupported`] for a mixture of experts.
+    /// [`ModelError::Unsupported`] for a mixture of experts and for attention with sinks.
     ///
     /// # Panics
     /// There is no such layer, or the lengths do not agree.
@@ -152,7 +152,7 @@ impl Model {
         let Some((pass, mlp)) = self.pass(layer, sequences) else {
             return Err(ModelError::Unsupported {
                 architecture: self.config.architecture.clone(),
-                what: "the reverse pass of a mixture of experts".into(),
+                what: "the reverse pass of a mixture of experts or of attention with sinks".into(),
             });
         };
         let this = pass.layer;

@@ -56,6 +56,8 @@ pub(crate) struct MoeRule {
     /// Where no key says otherwise.
     pub(crate) normalize: bool,
     pub(crate) correction_bias: bool,
+    /// The router and the experts have biases.
+    pub(crate) bias: bool,
     pub(crate) shared: SharedRule,
 }
 
@@ -82,12 +84,18 @@ pub(crate) struct Family {
     pub(crate) mlp_bias: BiasRule,
     pub(crate) qk_norm: QkNormRule,
     pub(crate) window: WindowRule,
+    /// Attention has sinks.
+    pub(crate) sinks: bool,
+    /// In GGUF files, which do not say, the ramp of YaRN ends at whole dimensions.
+    pub(crate) yarn_truncates: bool,
     /// Embeddings are multiplied by √d.
     pub(crate) scale_embedding: bool,
     pub(crate) moe: Option<MoeRule>,
     /// Values of keys that a `config.json` may leave out: those of the configuration classes of `transformers`.
     pub(crate) defaults: &'static str,
     pub(crate) names: &'static HfNames,
+    /// The `quant_method` of folders whose weights the names can find.
+    pub(crate) hf_quantizer: Option<&'static str>,
 }
 
 const LLAMA: Family = Family {
@@ -106,10 +114,13 @@ const LLAMA: Family = Family {
     mlp_bias: BiasRule::Key("mlp_bias"),
     qk_norm: QkNormRule::Never,
     window: WindowRule::Never,
+    sinks: false,
+    yarn_truncates: true,
     scale_embedding: false,
     moe: None,
     defaults: r#"{"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false, "max_position_embeddings": 2048}"#,
     names: &names::LLAMA,
+    hf_quantizer: None,
 };
 
 const QWEN_DEFAULTS: &str = r#"{"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false,
@@ -184,6 +195,7 @@ const MOE: MoeRule = MoeRule {
     scoring: Scoring::Softmax,
     normalize: false,
     correction_bias: false,
+    bias: false,
     shared: SharedRule::Never,
 };
 
@@ -321,7 +333,8 @@ pub(crate) const FAMILIES: &[Family] = &[
     Family {
         name: "glm4_moe",
         hf: &["glm4_moe"],
-        gguf: &[],
+        gguf: &["glm4moe"],
+        gguf_rope: RopeStyle::Half,
         out_bias: BiasRule::Never,
         qk_norm: QkNormRule::Key("use_qk_norm"),
         moe: Some(MoeRule {
@@ -329,19 +342,54 @@ pub(crate) const FAMILIES: &[Family] = &[
             normalize: true,
             correction_bias: true,
             shared: SharedRule::Count,
+            ..MOE
         }),
         defaults: r#"{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
             "max_position_embeddings": 131072, "partial_rotary_factor": 0.5, "norm_topk_prob": true,
             "first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 8}"#,
         ..LLAMA
     },
+    Family {
+        name: "gpt_oss",
+        hf: &["gpt_oss"],
+        gguf: &["gpt-oss"],
+        gguf_rope: RopeStyle::Half,
+        activation: Activation::ClampedSwiglu,
+        window: WindowRule::AllButEvery(2),
+        sinks: true,
+        yarn_truncates: false,
+        // A softmax over the chosen experts is one over all of them, normalized.
+        moe: Some(MoeRule {
+            normalize: true,
+            bias: true,
+            ..MOE
+        }),
+        defaults: r#"{"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "tie_word_embeddings": false,
+            "max_position_embeddings": 131072, "attention_bias": true, "head_dim": 64, "num_key_value_heads": 8,
+            "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4,
+            "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "truncate": false, "original_max_position_embeddings": 4096}}"#,
+        names: &names::GPT_OSS,
+        hf_quantizer: Some("mxfp4"),
+        ..LLAMA
+    },
 ];
+
+/// Architectures that are known to need what the forward pass has not.
+const REFUSED: &[(&str, &str)] = &[
+    ("deepseek_v2", LATENT),
+    ("deepseek_v3", LATENT),
+    ("deepseek2", LATENT),
+    ("kimi_k2", LATENT),
+    ("glm4_moe_lite", LATENT),
+];
+const LATENT: &str = "multi-head latent attention (MLA)";
 
 impl Family {
     /// The family of a `model_type`.
     ///
     /// # Errors
-    /// [`ModelError::UnknownArchitecture`] with the list of known ones.
+    /// [`ModelError::UnknownArchitecture`] with the list of known ones; [`ModelError::Unsupported`] with what is missing.
     pub(crate) fn from_hf(model_type: &str) -> Result<&'static Self> {
         Self::find(model_type, |family| family.hf)
     }
@@ -349,7 +397,7 @@ impl Family {
     /// The family of a `general.architecture`.
     ///
     /// # Errors
-    /// [`ModelError::UnknownArchitecture`] with the list of known ones.
+    /// [`ModelError::UnknownArchitecture`] with the list of known ones; [`ModelError::Unsupported`] with what is missing.
     pub(crate) fn from_gguf(architecture: &str) -> Result<&'static Self> {
         Self::find(architecture, |family| family.gguf)
     }
@@ -369,6 +417,12 @@ impl Family {
     }
 
     fn find(name: &str, names: impl Fn(&Self) -> &'static [&'static str]) -> Result<&'static Self> {
+        if let Some((_, what)) = REFUSED.iter().find(|(refused, _)| *refused == name) {
+            return Err(ModelError::Unsupported {
+                architecture: name.to_owned(),
+                what: (*what).to_owned(),
+            });
+        }
         FAMILIES
             .iter()
             .find(|family| names(family).contains(&name))
@@ -404,5 +458,12 @@ mod tests {
             "{error}"
         );
         assert!(Family::from_gguf("opt").is_err(), "there is no GGUF form of OPT");
+        for refused in [Family::from_hf("deepseek_v3"), Family::from_gguf("deepseek2")] {
+            let error = refused.unwrap_err().to_string();
+            assert!(
+                error.contains("deepseek") && error.contains("latent attention"),
+                "{error}"
+            );
+        }
     }
 }

@@ -106,7 +106,9 @@ impl Keys<'_> {
     fn read(&self) -> Result<ModelConfig> {
         let family = self.family;
         let hidden_size = self.need_size("embedding_length")?;
-        let num_layers = self.need_size("block_count")?;
+        // Layers that predict further tokens (GLM-4.5) come last and are counted with the others.
+        let further = self.size("nextn_predict_layers")?.unwrap_or(0);
+        let num_layers = self.need_size("block_count")?.saturating_sub(further);
         check_layers(num_layers)?;
         let eps = match family.norm {
             NormKind::Rms => "attention.layer_norm_rms_epsilon",
@@ -213,15 +215,16 @@ impl Keys<'_> {
                 .number("attn_logit_softcapping")
                 .map(|cap| cap as f32)
                 .filter(|cap| *cap > 0.0),
-            window: match (self.family.window, self.size("attention.sliding_window")?) {
-                (_, Some(0)) => None,
-                (WindowRule::AllButEvery(2), None) => Some(4096),
-                (_, window) => window,
+            window: match self.size("attention.sliding_window")? {
+                Some(0) => None,
+                None if self.family.name == "gemma2" => Some(4096),
+                window => window,
             },
             clip: self
                 .number("attention.clamp_kqv")
                 .map(|clip| clip as f32)
                 .filter(|clip| *clip > 0.0),
+            sinks: self.family.sinks,
         })
     }
 
@@ -316,6 +319,7 @@ impl Keys<'_> {
             correction_bias: self.gguf.names().any(|name| name.ends_with(".exp_probs_b.bias")),
             groups,
             shared,
+            bias: rule.bias,
         }))
     }
 
@@ -326,17 +330,19 @@ impl Keys<'_> {
             ("gemma3", None) => Some(10_000.0),
             _ => None,
         };
+        let scaling = self.scaling()?;
         Ok(RopeConfig {
             dims: self.size("rope.dimension_count")?.unwrap_or(head_dim),
             style: self.family.gguf_rope,
-            global: RopeFrequencies {
-                base,
-                scaling: self.scaling()?,
-            },
             local: local.map(|base| RopeFrequencies {
                 base,
-                scaling: RopeScaling::None,
+                scaling: if self.family.name == "gpt_oss" {
+                    scaling.clone()
+                } else {
+                    RopeScaling::None
+                },
             }),
+            global: RopeFrequencies { base, scaling },
         })
     }
 
@@ -370,7 +376,7 @@ impl Keys<'_> {
                     beta_fast: self.number("rope.scaling.yarn_beta_fast").unwrap_or(32.0),
                     beta_slow: self.number("rope.scaling.yarn_beta_slow").unwrap_or(1.0),
                     attention_factor: given * yarn_mscale(factor, 1.0),
-                    truncate: true,
+                    truncate: self.family.yarn_truncates,
                 })
             }
             (other, _) => Err(self.unsupported(format!("rope scaling \"{other}\""))),

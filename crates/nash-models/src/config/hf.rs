@@ -12,6 +12,7 @@ use super::{
     check_layers,
 };
 use crate::error::{ModelError, Result};
+use crate::math::SWIGLU_LIMIT;
 
 impl ModelConfig {
     /// Reads a Hugging Face `config.json`. Multimodal files are read through their `text_config`.
@@ -174,6 +175,11 @@ impl Keys<'_> {
                 return Err(self.unsupported(format!("{key} = {}", !needed)));
             }
         }
+        if let Some(limit) = self.number(&["swiglu_limit"])?
+            && limit != f64::from(SWIGLU_LIMIT)
+        {
+            return Err(self.unsupported(format!("swiglu_limit {limit}")));
+        }
         if self.size(&["moe_layer_freq"])?.is_some_and(|freq| freq != 1) {
             return Err(self.unsupported("moe_layer_freq other than 1".into()));
         }
@@ -228,6 +234,7 @@ impl Keys<'_> {
                 None
             },
             clip: self.number(&["clip_qkv"])?.map(|clip| clip as f32),
+            sinks: family.sinks,
         })
     }
 
@@ -239,6 +246,8 @@ impl Keys<'_> {
             &["hidden_act", "activation_function"]
         };
         match self.get(keys).and_then(Value::as_str) {
+            // gpt-oss says "silu", which `transformers` does not read.
+            _ if self.family.activation == Activation::ClampedSwiglu => Ok(self.family.activation),
             None => Ok(self.family.activation),
             Some("silu" | "swish") => Ok(Activation::Silu),
             Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_python_tanh") => {
@@ -337,6 +346,7 @@ impl Keys<'_> {
             correction_bias: rule.correction_bias,
             groups,
             shared,
+            bias: rule.bias,
         }))
     }
 
@@ -359,8 +369,9 @@ impl Keys<'_> {
             None => self.number(&["rope_theta"])?.unwrap_or(10_000.0),
         };
         let scaling = full.or_else(|| {
-            self.json
-                .get("rope_scaling")
+            let given = self.json.get("rope_scaling");
+            given
+                .or_else(|| self.defaults.get("rope_scaling"))
                 .filter(|value| value.is_object() || value.is_string())
         });
         let global = RopeFrequencies {

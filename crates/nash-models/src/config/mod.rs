@@ -244,6 +244,9 @@ pub struct AttentionConfig {
     pub window: Option<usize>,
     /// Queries, keys and values are clamped to ±clip (OLMo).
     pub clip: Option<f32>,
+    /// Each head has a learned score that takes its share of the softmax and has no value (gpt-oss).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sinks: bool,
 }
 
 /// Norm of queries and keys (RMS).
@@ -283,6 +286,8 @@ pub enum Activation {
     Gelu,
     /// `max(x, 0)`.
     Relu,
+    /// `x·σ(1.702·x)` with `x` at most 7; the gated product is with `up` clamped to ±7, plus 1 (gpt-oss, in experts only).
+    ClampedSwiglu,
 }
 
 /// Mixture of experts with plain top-k routing.
@@ -306,6 +311,9 @@ pub struct MoeConfig {
     pub groups: Option<ExpertGroups>,
     /// Expert that sees every token.
     pub shared: Option<SharedExpert>,
+    /// The router and the routed experts have biases (gpt-oss).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bias: bool,
 }
 
 /// Router scores to probabilities.
@@ -447,6 +455,11 @@ impl ModelConfig {
         )?;
         if self.layers.iter().any(|layer| !layer.experts) {
             sized("mlp intermediate size", self.mlp.intermediate)?;
+            require(
+                self.mlp.activation != Activation::ClampedSwiglu,
+                "mlp activation",
+                "a clamped SwiGLU outside of experts".into(),
+            )?;
         }
         match &self.moe {
             Some(moe) => {

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 HERE = Path(__file__).parent
 VOCAB = 64
@@ -28,6 +29,10 @@ TOKENS = 40
 SMALL = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 MOE = SMALL | dict(intermediate_size=28, num_key_value_heads=4)
+TINY = SMALL | dict(hidden_size=32, intermediate_size=32, head_dim=16)
+GPT_OSS = dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=7, rope_theta=300.0,
+               rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=4.0, beta_slow=1.0, truncate=False,
+                                 original_max_position_embeddings=32))
 GPT2 = dict(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 OPT = dict(vocab_size=VOCAB, hidden_size=48, ffn_dim=72, num_hidden_layers=2, num_attention_heads=4,
            max_position_embeddings=64, word_embed_proj_dim=48)
@@ -89,9 +94,17 @@ CASES = {
                      sliding_window=None, n_shared_experts=1), torch.bfloat16, None),
     "glm4_moe": ("Glm4MoeConfig", MOE | SPARSE | dict(n_group=2, topk_group=1, partial_rotary_factor=0.5,
                  attention_bias=True, use_qk_norm=True, head_dim=16, num_key_value_heads=2), torch.bfloat16, None),
+    "glm4_moe_small": ("Glm4MoeConfig", TINY | SPARSE | dict(n_routed_experts=6, moe_intermediate_size=16, n_group=3,
+                       topk_group=2, partial_rotary_factor=0.5, attention_bias=True, use_qk_norm=True,
+                       n_shared_experts=1, num_nextn_predict_layers=1), torch.float16, "glm4moe"),
     "glm4_moe_plain": ("Glm4MoeConfig", MOE | SPARSE | dict(n_group=1, topk_group=1, partial_rotary_factor=0.25,
                        norm_topk_prob=False, head_dim=24, first_k_dense_replace=0, num_hidden_layers=1),
                        torch.float16, None),
+    "gpt_oss": ("GptOssConfig", TINY | GPT_OSS, torch.float16, "gpt-oss"),
+    "gpt_oss_bf16": ("GptOssConfig", TINY | GPT_OSS | dict(layer_types=["full_attention", "sliding_attention"],
+                     rope_scaling=None, num_key_value_heads=4, num_experts_per_tok=1), torch.bfloat16, None),
+    "gpt_oss_mxfp4": ("GptOssConfig", TINY | GPT_OSS | dict(hidden_size=64, num_local_experts=5, head_dim=8,
+                      num_experts_per_tok=3), torch.float16, "gpt-oss"),
 }
 
 
@@ -108,12 +121,31 @@ def randomize(model, dtype, generator):
             value = 0.2 * noise + (0.0 if norm_minus_one or name.endswith("bias") else 1.0)
         elif name.endswith("bias"):
             value = 0.3 * noise
+        elif name.endswith("sinks"):
+            value = 2.0 * noise
+        elif ".experts." in name and tensor.dim() == 3:
+            # Inputs first. Gates and ups that reach the limit of 7.
+            value = (4.0 if "gate_up" in name else 0.3) * noise / tensor.shape[1]**0.5
         elif tensor.dim() == 2 and ("embed" in name or "wte" in name or "wpe" in name):
             value = 0.5 * noise
         else:
             fan_in = tensor.shape[0] if type(model).__name__.startswith("GPT2") else tensor.shape[-1]
             value = 1.3 * noise / fan_in**0.5
         tensor.data.copy_(value.to(dtype).to(torch.float32))
+
+
+def mxfp4(model, generator):
+    """Gives the experts weights that MXFP4 can hold; returns the tensors that a folder keeps instead."""
+    stored = {}
+    for name, tensor in model.named_parameters():
+        if ".experts." in name and tensor.dim() == 3:
+            experts, inputs, outputs = tensor.shape
+            exponent = 125 if "gate_up" in name else 121
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(exponent - 1, exponent + 2, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+            tensor.data.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return stored
 
 
 def permute(weight, heads):
@@ -127,13 +159,14 @@ LLAMA_NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.gate": "ffn_gate_inp", "mlp.router": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.{shared}.{kind}_proj": f"ffn_{kind}_shexp" for shared in ("shared_expert", "shared_experts")
        for kind in ("gate", "up", "down")},
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     "ln_1": "attn_norm", "ln_2": "ffn_norm",
 }
+AFTER_ATTENTION = {"post_attention_layernorm": "post_attention_norm"}
 SANDWICH_NAMES = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
                   "post_feedforward_layernorm": "post_ffw_norm"}
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -141,9 +174,42 @@ TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "l
 EXPERT_KINDS = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
+def ggml_mxfp4(blocks, scales):
+    """Blocks of 17 bytes: the scale, then elements 0..16 in the low nibbles and 16..32 in the high ones."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
+    blocks = np.concatenate([scales[..., None], codes[..., :16] | codes[..., 16:] << 4], axis=-1)
+    return blocks.reshape(*blocks.shape[:2], -1)
+
+
+def gpt_oss_tensors(state):
+    """What gpt-oss names and keeps in its own way, under GGUF names; MXFP4 as bytes."""
+    out = {}
+    for name, tensor in state.items():
+        kind = name.split(".")[-1]
+        block = f"blk.{name.split('.')[2]}" if ".layers." in name else None
+        if kind == "sinks":
+            out[f"{block}.attn_sinks.weight"] = tensor.float().numpy()
+        elif ".experts." in name and not kind.endswith("_scales"):
+            property = "bias" if kind.endswith("_bias") else "weight"
+            if kind.endswith("_blocks"):
+                value = ggml_mxfp4(tensor.numpy(), state[name.replace("_blocks", "_scales")].numpy())
+            else:
+                value = tensor.float().numpy()
+                value = value if property == "bias" else value.swapaxes(1, 2)
+            if kind.startswith("down"):
+                out[f"{block}.ffn_down_exps.{property}"] = value
+            else:
+                out[f"{block}.ffn_gate_exps.{property}"] = value[:, 0::2]
+                out[f"{block}.ffn_up_exps.{property}"] = value[:, 1::2]
+    return out
+
+
 def gguf_tensors(config, arch, state):
     """The state dictionary under GGUF names and conventions, as float32 arrays."""
     out, experts = {}, {}
+    if arch == "gpt-oss":
+        out = gpt_oss_tensors(state)
+        state = {name: value for name, value in state.items() if "sinks" not in name and ".experts." not in name}
     for name, tensor in state.items():
         value = tensor.float().numpy()
         parts = name.split(".")
@@ -159,7 +225,8 @@ def gguf_tensors(config, arch, state):
                 number, projection = parts[-3], EXPERT_KINDS[parts[-2]]
                 experts.setdefault((layer, projection), {})[int(number)] = value
                 continue
-            names = LLAMA_NAMES | (SANDWICH_NAMES if arch in ("gemma2", "gemma3") else {})
+            names = LLAMA_NAMES | (SANDWICH_NAMES if arch in ("gemma2", "gemma3") else
+                                   AFTER_ATTENTION if arch in ("glm4moe", "gpt-oss") else {})
             target = f"blk.{layer}.{names[rest]}"
             if arch == "gpt2" and kind == "weight" and value.ndim == 2:
                 value = value.T
@@ -180,7 +247,10 @@ def write_gguf(path, config, arch, state, dtype):
     writer = gguf.GGUFWriter(path, arch)
     heads = get("num_attention_heads", "n_head")
     width = get("hidden_size", "n_embd")
-    writer.add_block_count(get("num_hidden_layers", "n_layer"))
+    further = get("num_nextn_predict_layers") or 0
+    writer.add_block_count(get("num_hidden_layers", "n_layer") + further)
+    if further:
+        writer.add_nextn_predict_layers(further)
     writer.add_context_length(get("max_position_embeddings", "n_positions"))
     writer.add_embedding_length(width)
     writer.add_head_count(heads)
@@ -194,9 +264,10 @@ def write_gguf(path, config, arch, state, dtype):
         dim = get("head_dim") or width // heads
         writer.add_key_length(dim)
         writer.add_value_length(dim)
-        writer.add_rope_dimension_count(dim)
+        if arch != "gpt-oss":
+            writer.add_rope_dimension_count(int(dim * (get("partial_rotary_factor") or 1)))
         writer.add_rope_freq_base(config.rope_theta)
-    if arch in ("gemma2", "gemma3"):
+    if arch in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -207,9 +278,14 @@ def write_gguf(path, config, arch, state, dtype):
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        if get("moe_intermediate_size"):
+        if arch == "gpt-oss":
+            writer.add_expert_feed_forward_length(config.intermediate_size)
+        elif get("moe_intermediate_size"):
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if arch == "dots1":
+    if (get("n_group") or 1) > 1:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    if arch in ("dots1", "glm4moe"):
         writer.add_leading_dense_block_count(config.first_k_dense_replace)
         writer.add_expert_shared_count(config.n_shared_experts)
         writer.add_expert_weights_scale(config.routed_scaling_factor)
@@ -223,8 +299,13 @@ def write_gguf(path, config, arch, state, dtype):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        if "beta_fast" in scaling:
+            writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
     for name, value in tensors.items():
-        if value.ndim < 2:
+        if value.dtype == np.uint8:
+            writer.add_tensor(name, np.ascontiguousarray(value), raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+        elif value.ndim < 2 or name.endswith(".bias"):
             writer.add_tensor(name, np.ascontiguousarray(value, dtype=np.float32))
         elif dtype == torch.float16:
             writer.add_tensor(name, np.ascontiguousarray(value, dtype=np.float16))
@@ -261,6 +342,7 @@ def make(case):
     model = transformers.AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
     model.eval()
     randomize(model, dtype, generator)
+    stored = mxfp4(model, generator) if case.endswith("mxfp4") else {}
     tokens = torch.randint(0, VOCAB, (1, TOKENS), generator=generator)
     with torch.no_grad():
         logits = model(tokens).logits[0]
@@ -268,11 +350,15 @@ def make(case):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     config.architectures = [type(model).__name__]
+    if stored:
+        config.quantization_config = dict(quant_method="mxfp4", modules_to_not_convert=[
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"])
     (folder / "config.json").write_text(config.to_json_string())
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     state = {name: tensor for name, tensor in model.state_dict().items() if name != tied and "inv_freq" not in name}
+    state = {name: tensor for name, tensor in state.items() if f"{name}_blocks" not in stored} | stored
     # Clones: safetensors refuses tensors that share memory.
-    save_file({name: tensor.to(dtype).clone().contiguous() for name, tensor in state.items()},
+    save_file({name: (tensor if name in stored else tensor.to(dtype)).clone().contiguous() for name, tensor in state.items()},
               folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokens.json").write_text(json.dumps(tokens[0].tolist()))
     (folder / "logits.bin").write_bytes(logits.numpy().astype("<f4").tobytes())
