@@ -139,7 +139,7 @@ pub(crate) enum Work {
     Short,
     /// Everything that pays
     Normal,
-    /// Also what pays little for its time: a swarm refines the market, norms and biases are tuned
+    /// Also what takes long: a swarm refines the market, layers make up for errors before them, norms and biases are tuned
     Thorough,
 }
 

@@ -108,7 +108,8 @@ pub enum Effort {
     /// Everything that pays.
     #[default]
     Normal,
-    /// Also what pays little for its time: the market refined by a particle swarm, norms and biases tuned.
+    /// Also what pays little for its time: the market refined by a particle swarm, layers that make up for the errors before them, norms and biases
+    /// tuned.
     Thorough,
 }
 
@@ -160,6 +161,7 @@ impl Effort {
             Self::Normal => options,
             Self::Thorough => CompressOptions {
                 allocation: Allocation::Swarm,
+                propagation: 0.5,
                 tune_epochs: 2,
                 ..options
             },

@@ -77,6 +77,38 @@ fn feasible(share: f64) -> Result<f64, QuantError> {
     Ok((smallest + share * (generous.file_bytes as f64 - smallest)) * 8.0 / generous.weights as f64)
 }
 
+/// Solved in order, the layers are an equilibrium of what they read in the compressed model, which `verify` finds again; the bytes are others than
+/// those of layers solved apart, and the same every time.
+#[test]
+fn layers_solved_in_order_are_an_equilibrium_of_what_they_read() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let all = VerifyOptions {
+        rows_per_tensor: usize::MAX,
+    };
+    let mut files = Vec::new();
+    for (name, propagation) in [("apart", 0.0), ("ordered", 0.5), ("again", 0.5)] {
+        let out = dir.path().join(name);
+        let options = CompressOptions {
+            propagation,
+            ..options(feasible(0.2)?)
+        };
+        let report = run(&out, &options, &())?;
+        assert_eq!((report.propagation, report.unsettled), (propagation, 0), "{name}");
+        let found = verify(&PackedFolder::open(&out)?, Some(&golden("llama")?), all, &())?;
+        let found = found.equilibrium.ok_or("no equilibrium")?;
+        assert_eq!(
+            (found.unsettled, found.rows.len()),
+            (0, report.rows.len()),
+            "{name}"
+        );
+        assert!(found.players > 1000 && found.max_regret < 1e-5, "{name}");
+        files.push(std::fs::read(out.join("model.safetensors"))?);
+    }
+    assert_ne!(files[0], files[1]);
+    assert_eq!(files[1], files[2]);
+    Ok(())
+}
+
 #[test]
 fn the_file_keeps_to_its_budget_and_loads_and_is_an_equilibrium() -> TestResult {
     let dir = tempfile::tempdir()?;
