@@ -236,14 +236,18 @@ type Add = unsafe fn(&[f32], &[f16], usize, &mut [f32]);
 
 /// The two kernels of an instruction set, for one to four heads.
 macro_rules! kernels {
-    ($(#[$feature:meta])* $floats:ident, $dot:ident, $add:ident) => {
+    ($(#[$feature:meta])* $vis:vis $floats:ident, $dot:ident, $add:ident) => {
+        /// # Safety
+        /// As [`dot_of`].
         $(#[$feature])*
-        unsafe fn $dot<const G: usize>(q: &[f32], rows: &[f16], dim: usize, scores: &mut [f32]) {
+        $vis unsafe fn $dot<const G: usize>(q: &[f32], rows: &[f16], dim: usize, scores: &mut [f32]) {
             // SAFETY: passed on.
             unsafe { dot_of::<$floats, G>(q, rows, dim, scores) }
         }
+        /// # Safety
+        /// As [`add_of`].
         $(#[$feature])*
-        unsafe fn $add<const G: usize>(weights: &[f32], rows: &[f16], dim: usize, out: &mut [f32]) {
+        $vis unsafe fn $add<const G: usize>(weights: &[f32], rows: &[f16], dim: usize, out: &mut [f32]) {
             // SAFETY: passed on.
             unsafe { add_of::<$floats, G>(weights, rows, dim, out) }
         }
@@ -444,36 +448,8 @@ mod x86 {
         }
     }
 
-    macro_rules! kernels_pub {
-        ($feature:literal, $floats:ident, $dot:ident, $add:ident) => {
-            /// # Safety
-            /// As [`dot_of`].
-            #[target_feature(enable = $feature)]
-            pub(super) unsafe fn $dot<const G: usize>(
-                q: &[f32],
-                rows: &[f16],
-                dim: usize,
-                scores: &mut [f32],
-            ) {
-                // SAFETY: passed on.
-                unsafe { dot_of::<$floats, G>(q, rows, dim, scores) }
-            }
-            /// # Safety
-            /// As [`add_of`].
-            #[target_feature(enable = $feature)]
-            pub(super) unsafe fn $add<const G: usize>(
-                weights: &[f32],
-                rows: &[f16],
-                dim: usize,
-                out: &mut [f32],
-            ) {
-                // SAFETY: passed on.
-                unsafe { add_of::<$floats, G>(weights, rows, dim, out) }
-            }
-        };
-    }
-    kernels_pub!("avx512f", __m512, dot_avx512, add_avx512);
-    kernels_pub!("avx2,fma,f16c", Pair, dot_avx2, add_avx2);
+    kernels!(#[target_feature(enable = "avx512f")] pub(super) __m512, dot_avx512, add_avx512);
+    kernels!(#[target_feature(enable = "avx2,fma,f16c")] pub(super) Pair, dot_avx2, add_avx2);
 }
 
 #[cfg(test)]

@@ -242,10 +242,14 @@ impl Cost {
         }
         let tune = options.tune_epochs as f64 * 4.0 * evaluation(tokens);
         // Moments once more with a product beside the square, a layer run for each of its sites, and solving from the start.
-        let propagate = if options.propagation > 0.0 {
-            2.5 * calibrate + 5.0 * evaluation(tokens) + draft
+        // States of a second model, what the sites of a layer read, and what one site reads twice more.
+        let (propagate, inputs) = if options.propagation > 0.0 {
+            let widest = linears.iter().map(|l| l.cols).max().unwrap_or(0);
+            let columns = 4 * config.hidden_size + 3 * widest;
+            let operations = 2.5 * calibrate + 5.0 * evaluation(tokens) + draft;
+            (operations, tokens as u64 * 4 * columns as u64)
         } else {
-            0.0
+            (0.0, 0)
         };
         let largest = linears.iter().map(|l| l.weights()).max().unwrap_or(0);
         let widest = linears.iter().map(|l| l.cols as u64).max().unwrap_or(0);
@@ -255,7 +259,7 @@ impl Cost {
             * (config.vocab_size + config.layers.len() * config.hidden_size) as u64;
         Self {
             operations: calibrate + measure + drafts * draft + solve + propagate + tune,
-            memory: largest * 14 + 8 * widest * widest + states.max(probe_bytes) + (64 << 20),
+            memory: largest * 14 + 8 * widest * widest + states.max(probe_bytes) + inputs + (64 << 20),
             scratch: (gram * 2.0) as u64 + params as u64,
         }
     }
