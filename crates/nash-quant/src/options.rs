@@ -161,7 +161,7 @@ impl Effort {
             Self::Normal => options,
             Self::Thorough => CompressOptions {
                 allocation: Allocation::Swarm,
-                propagation: 0.5,
+                propagation: 0.3,
                 tune_epochs: 2,
                 ..options
             },
