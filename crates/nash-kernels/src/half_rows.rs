@@ -102,7 +102,7 @@ fn sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// `N` values from `from`, zero beyond.
+/// The values of `from`, at most sixteen, and zeros after them.
 #[inline(always)]
 fn padded<T: Copy>(from: &[T], zero: T) -> [T; LANES] {
     let mut all = [zero; LANES];

@@ -13,8 +13,8 @@ use crate::QuantError;
 use crate::options::Method;
 use crate::packed::{OwnedPacked, load};
 use crate::prefix::{Moments, Prefix, SITES};
-use crate::session::{CERTIFIED_ROWS, Session, Solved, SolvedRecord};
-use crate::tensor::{DRAFT_SWEEPS, certify, draft};
+use crate::session::{Session, Solved};
+use crate::tensor::draft;
 
 /// Called with the number of a linear and the moments of its inputs; may put the linear into the compressed model.
 pub(crate) type Visit<'v> = dyn FnMut(usize, &Moments, &mut Model) -> Result<(), QuantError> + 'v;
@@ -111,14 +111,8 @@ impl Session<'_> {
             cols: info.cols,
             hessian: &moments.hessian,
         };
-        let mut rounded = draft(&info.name, problem, self.rounding(width))?;
-        let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
-        rounded.play(&info.name, problem, sweeps, self.options.joint_moves)?;
-        let sweeps = rounded.sweeps;
-        let matrix = rounded.pack(&info.name, info.cols)?;
-        let stride = info.rows.div_ceil(CERTIFIED_ROWS);
-        let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
-        let record = SolvedRecord { sweeps, certificate };
+        let rounded = draft(&info.name, problem, self.rounding(width))?;
+        let (matrix, record) = self.settle(info, problem, rounded)?;
         Ok(Solved { matrix, record })
     }
 }

@@ -17,7 +17,7 @@ use crate::stored;
 use crate::tensor::{DRAFT_SWEEPS, Rounded, Rounding, certify, draft};
 
 /// Rows per tensor whose equilibrium is certified when compressing; `verify` can check all.
-pub(crate) const CERTIFIED_ROWS: usize = 64;
+const CERTIFIED_ROWS: usize = 64;
 
 /// A model, its options and what is known about it so far.
 pub(crate) struct Session<'a> {
@@ -209,22 +209,32 @@ impl Session<'_> {
     /// Solves a tensor at a width, or takes it from the scratch folder. Starts from its draft if there is one.
     pub(crate) fn solve(&self, info: &LinearInfo, width: Width) -> Result<Solved, QuantError> {
         self.stored(info, width, Effort::Full, |problem| {
-            let mut rounded = match self.known(info, width, Effort::Draft)? {
+            let rounded = match self.known(info, width, Effort::Draft)? {
                 Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => {
                     Rounded::of(draft.matrix.as_ref(), draft.record.sweeps)
                 }
                 _ => draft(&info.name, problem, self.rounding(width))?,
             };
-            if self.options.method == Method::Nash {
-                let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
-                rounded.play(&info.name, problem, sweeps, self.options.joint_moves)?;
-            }
-            let sweeps = rounded.sweeps;
-            let matrix = rounded.pack(&info.name, info.cols)?;
-            let stride = info.rows.div_ceil(CERTIFIED_ROWS);
-            let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
-            Ok((matrix, SolvedRecord { sweeps, certificate }))
+            self.settle(info, problem, rounded)
         })
+    }
+
+    /// Plays on from a draft to the end, packs and certifies.
+    pub(crate) fn settle(
+        &self,
+        info: &LinearInfo,
+        problem: Problem<'_>,
+        mut rounded: Rounded,
+    ) -> Result<(PackedMatrix, SolvedRecord), QuantError> {
+        if self.options.method == Method::Nash {
+            let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
+            rounded.play(&info.name, problem, sweeps, self.options.joint_moves)?;
+        }
+        let sweeps = rounded.sweeps;
+        let matrix = rounded.pack(&info.name, info.cols)?;
+        let stride = info.rows.div_ceil(CERTIFIED_ROWS);
+        let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
+        Ok((matrix, SolvedRecord { sweeps, certificate }))
     }
 
     /// Solves every tensor against what the source reads.

@@ -157,7 +157,7 @@ fn chat_template(dir: &Path) -> Result<Option<Value>, TextError> {
 }
 
 /// The model of a BPE `tokenizer.json`. Read here rather than by the library, which takes merges on trust and goes over every
-/// token three times; loading is a third as long.
+/// token three times; loading takes half as long.
 #[derive(Deserialize)]
 struct Bpe<'a> {
     #[serde(default)]

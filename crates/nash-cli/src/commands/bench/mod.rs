@@ -98,7 +98,7 @@ impl Bench {
         let mut bandwidth = Bandwidth::default();
         let mut tick = || {
             ui.step(1);
-            bandwidth.pass();
+            bandwidth.pass(options.generate_tokens > 0);
             interrupt::check_measurement()
         };
         let mut scorer = ModelScorer::new(&loaded.model);
@@ -163,10 +163,11 @@ struct Bandwidth {
 }
 
 impl Bandwidth {
-    fn pass(&mut self) {
+    /// After a pass of the model: reads, if there is a decode to compare them with.
+    fn pass(&mut self, reads: bool) {
         self.ticks += 1;
         // A first token and a warm-up come before the memory is as full as it gets.
-        if self.ticks <= 2 {
+        if self.ticks <= 2 || !reads {
             self.memory = (memory::peak_bytes(), memory::resident_bytes());
             return;
         }
