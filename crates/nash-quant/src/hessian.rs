@@ -26,18 +26,28 @@ impl Tap for HessianTap {
     }
 }
 
-/// Divides by the number of tokens and adds `damping + n / (2 · tokens)` times the mean of the diagonal to the diagonal.
+/// Of the mean of the diagonal: keeps inputs that never fired at a positive diagonal.
+const FLOOR: f64 = 1e-4;
+
+/// Divides by the number of tokens and adds `damping + n / (2 · tokens)` times `√(H_jj · mean of the diagonal)` to the diagonal.
 ///
-/// The second term shrinks estimates that rest on few tokens (experts, wide layers) towards the identity, as Ledoit and Wolf
-/// (2004) do with an estimated intensity. Inputs that never fired keep a positive diagonal.
+/// The second term shrinks estimates that rest on few tokens (experts, wide layers) towards a diagonal matrix, as Ledoit and Wolf (2004) do with
+/// an estimated intensity. Theirs is a multiple of the identity; a few inputs of large energy, which transformers have, would make that a
+/// floor far above what most inputs have. The geometric mean of an input's own energy and the mean leaves small ones their differences.
 pub(crate) fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) {
     let scale = 1.0 / tokens.max(1) as f32;
     sum.iter_mut().for_each(|v| *v *= scale);
     let mean = (0..n).map(|i| f64::from(sum[i * n + i])).sum::<f64>() / n.max(1) as f64;
     let share = damping + 0.5 * n as f64 / tokens.max(1) as f64;
-    // A site without any signal becomes the identity: every weight counts the same.
-    let added = if mean > 0.0 { (share * mean) as f32 } else { 1.0 };
-    (0..n).for_each(|i| sum[i * n + i] += added);
+    for i in 0..n {
+        let own = &mut sum[i * n + i];
+        // A site without any signal becomes the identity: every weight counts the same.
+        *own += if mean > 0.0 {
+            (share * (f64::from(*own) * mean).sqrt() + FLOOR * mean) as f32
+        } else {
+            1.0
+        };
+    }
 }
 
 /// Lower triangle of a symmetric matrix as little-endian bytes, and back.
@@ -94,7 +104,8 @@ mod tests {
         assert_eq!(h, [1.0, 0.0, 0.0, 1.0]);
         let mut h = vec![8.0, 4.0, 4.0, 0.0];
         regularise(&mut h, 2, 4, 0.1);
-        // Mean of the diagonal 1, share 0.1 + 2 / 8.
-        assert!((h[0] - 2.35).abs() < 1e-6 && (h[3] - 0.35).abs() < 1e-6 && h[1] == 1.0);
+        // Mean of the diagonal 1, share 0.1 + 2 / 8, and the floor.
+        assert!((h[0] - (2.0 + 0.35 * 2f32.sqrt() + 1e-4)).abs() < 1e-6, "{h:?}");
+        assert!((h[3] - 1e-4).abs() < 1e-9 && h[1] == 1.0, "{h:?}");
     }
 }
