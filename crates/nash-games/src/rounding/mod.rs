@@ -6,9 +6,11 @@
 //! `ŵᵢⱼ − Rᵢⱼ / Hⱼⱼ`; a scale's payoff is a parabola in its code and its best response the code nearest to the vertex.
 //!
 //! Rows are independent sub-games and run in parallel. Within a row, players move one after the other: inside a
-//! block of 64 columns the block's part of `R` is updated after every move, the rest of `R` once per block with one matrix product. Moving
+//! block of 64 columns the block's part of `R` is updated after every move, the rest of a stretch of blocks once per block, and all of `R` once per stretch, with
+//! matrix products. Moving
 //! players simultaneously could cycle and is never done. Row chunks have a fixed size: results do not depend on the number of threads.
 
+mod residual;
 mod seat;
 
 use half::f16;
@@ -17,16 +19,20 @@ use nash_kernels::{GROUP, SCALE_UNIT, pool};
 
 use crate::error::{GameError, check_len};
 use crate::grid::{Book, Grid};
+use crate::trellis::dispatch;
+use residual::Product;
 use seat::{Block, Seat, Turn};
 
 /// Rows of a chunk: its residual (`32 · n` floats) stays in the second-level cache.
 const ROWS_PER_CHUNK: usize = 32;
+/// Blocks of a stretch, at most: columns whose changes meet the rest of the row in one product.
+const STRETCH: usize = 8;
 /// A move by `d` must gain more than this share of `H·d²`: smaller gains are within the rounding noise of `f32`.
 pub(crate) const MIN_GAIN: f32 = 1e-3;
 /// The residual is recomputed from scratch after this many sweeps, so that rounding errors do not add up.
 const SWEEPS_PER_REFRESH: usize = 8;
 
-/// Chains search for paths until a sweep lowers the potential by less than this share. Searching to the end lowers it by another 1 % and takes a
+/// Chains search for paths, and single codes are not asked, until a sweep lowers the potential by less than this share. Searching to the end lowers it by another 1 % and takes a
 /// third more time.
 const SEARCH_PAYS: f64 = 5e-3;
 
@@ -215,18 +221,52 @@ struct Chunk<'a> {
     delta: Vec<f32>,
     /// R = Δ H, `[rows, n]`.
     residual: Vec<f32>,
-    /// Change of Δ in the current block, `[rows, 64]`.
+    /// Columns of a stretch.
+    width: usize,
+    /// Change of Δ in the current stretch, `[rows, width]`.
     change: Vec<f32>,
+    /// R in the current stretch, `[rows, width]`.
+    front: Vec<f32>,
     /// Whether chains search for paths; afterwards only single codes answer.
     searches: bool,
-    /// Room for products of some of the rows, `[rows, n]`.
-    product: Vec<f32>,
+    /// Room for products of some of the rows.
+    buffer: Vec<f32>,
+}
+
+/// The codes of a chunk.
+struct Codes<'a> {
+    /// `[rows, n]`.
+    codes: &'a mut [u8],
+    /// `[rows, G]`.
+    scale_codes: &'a mut [i8],
+}
+
+impl Codes<'_> {
+    fn reborrow(&mut self) -> Codes<'_> {
+        Codes {
+            codes: self.codes,
+            scale_codes: self.scale_codes,
+        }
+    }
+}
+
+/// Who plays in a sweep, and what came of it.
+struct Players<'a> {
+    /// Per row.
+    active: &'a mut [bool],
+    /// Whether scales are players.
+    move_scales: bool,
+    /// Moves per row.
+    moves: Vec<u64>,
 }
 
 impl<'a> Chunk<'a> {
     fn new(weights: &'a [f32], hessian: &'a [f32], n: usize, book: &'a Book, row_steps: Vec<f32>) -> Self {
         let rows = row_steps.len();
         let zeros = || vec![0.0; weights.len()];
+        // Stretches of like length.
+        let groups = Grid::groups(n).max(1);
+        let width = groups.div_ceil(groups.div_ceil(STRETCH)) * GROUP;
         Self {
             weights,
             hessian,
@@ -236,41 +276,50 @@ impl<'a> Chunk<'a> {
             row_steps,
             delta: zeros(),
             residual: zeros(),
-            change: vec![0.0; rows * GROUP],
-            product: zeros(),
+            width,
+            change: vec![0.0; rows * width],
+            front: vec![0.0; rows * width],
             searches: true,
+            buffer: Vec::new(),
         }
     }
 
     fn play(&mut self, codes: &mut [u8], scale_codes: &mut [i8], rule: BestResponse) -> Trace {
-        self.refresh(codes, scale_codes);
-        self.searches = rule.joint_moves;
+        // Rows that did not move in the last sweep are in equilibrium: rows do not influence each other.
+        let mut active: Vec<bool> = vec![true; self.row_steps.len()];
+        self.refresh(codes, scale_codes, &active);
+        self.searches = rule.joint_moves && matches!(self.book, Book::Trellis(_));
         let mut trace = Trace {
             potential: vec![inner_product(&self.delta, &self.residual)],
             moves: Vec::new(),
         };
-        // Rows that did not move in the last sweep are in equilibrium: rows do not influence each other.
-        let mut active: Vec<bool> = vec![true; self.row_steps.len()];
         for sweep in 0..rule.max_sweeps {
             if sweep > 0 && sweep % SWEEPS_PER_REFRESH == 0 {
-                self.refresh(codes, scale_codes);
+                self.refresh(codes, scale_codes, &active);
             }
-            let moves = self.sweep(codes, scale_codes, &mut active, rule.move_scales);
+            let state = Codes {
+                codes: &mut *codes,
+                scale_codes: &mut *scale_codes,
+            };
+            let moves = self.sweep(state, &mut active, rule.move_scales);
             trace.moves.push(moves);
             let (before, now) = (trace.potential[sweep], inner_product(&self.delta, &self.residual));
             trace.potential.push(now);
-            self.searches &= now < before * (1.0 - SEARCH_PAYS);
-            if moves == 0 {
+            if self.searches && now >= before * (1.0 - SEARCH_PAYS) {
+                // From here on single codes answer, which nobody was asked for before.
+                self.searches = false;
+                active.fill(true);
+            } else if moves == 0 {
                 break;
             }
         }
         trace
     }
 
-    /// Recomputes Δ and R from the codes.
-    fn refresh(&mut self, codes: &[u8], scale_codes: &[i8]) {
+    /// Recomputes Δ and R of the active rows from the codes.
+    fn refresh(&mut self, codes: &[u8], scale_codes: &[i8], active: &[bool]) {
         let (n, groups) = (self.n, Grid::groups(self.n));
-        for (r, &row_step) in self.row_steps.iter().enumerate() {
+        for (r, &row_step) in self.row_steps.iter().enumerate().filter(|(r, _)| active[*r]) {
             let row = self.delta[r * n..][..n].chunks_mut(GROUP);
             let row = row.zip(self.weights[r * n..][..n].chunks(GROUP));
             for (g, ((delta, weights), codes)) in row.zip(codes[r * n..][..n].chunks(GROUP)).enumerate() {
@@ -288,110 +337,145 @@ impl<'a> Chunk<'a> {
             }
             return;
         }
-        let rows = self.row_steps.len();
         let h = MatRef::row_major(self.hessian, n, n);
-        gemm(
-            1.0,
-            MatRef::row_major(&self.delta, rows, n),
-            h,
-            0.0,
-            MatMut::row_major(&mut self.residual, rows, n),
-        );
+        let multiply = |delta: &[f32], residual: &mut [f32]| {
+            let rows = delta.len() / n;
+            let residual = MatMut::row_major(residual, rows, n);
+            gemm(1.0, MatRef::row_major(delta, rows, n), h, 0.0, residual);
+        };
+        let rows: Vec<usize> = (0..active.len()).filter(|&r| active[r]).collect();
+        if rows.len() == active.len() {
+            return multiply(&self.delta, &mut self.residual);
+        }
+        self.buffer.clear();
+        for r in &rows {
+            self.buffer.extend_from_slice(&self.delta[r * n..][..n]);
+        }
+        self.buffer.resize(2 * rows.len() * n, 0.0);
+        let (delta, residual) = self.buffer.split_at_mut(rows.len() * n);
+        multiply(delta, residual);
+        for (r, residual) in rows.iter().zip(residual.chunks(n)) {
+            self.residual[r * n..][..n].copy_from_slice(residual);
+        }
     }
 
     /// One sweep over all players of the active rows, block of columns by block. Returns the number of moves.
-    fn sweep(
-        &mut self,
-        codes: &mut [u8],
-        scale_codes: &mut [i8],
-        active: &mut [bool],
-        move_scales: bool,
-    ) -> u64 {
-        let (n, groups, rows) = (self.n, Grid::groups(self.n), self.row_steps.len());
-        let mut moves = vec![0u64; rows];
+    ///
+    /// Within a stretch of blocks only a copy of its own part of `R` is kept up to date; all of `R` follows once, by one large product.
+    fn sweep(&mut self, mut state: Codes<'_>, active: &mut [bool], move_scales: bool) -> u64 {
+        let (n, width) = (self.n, self.width);
+        let mut players = Players {
+            active,
+            move_scales,
+            moves: vec![0; self.row_steps.len()],
+        };
         let mut block = Block::new();
-        for g in 0..groups {
-            let start = g * GROUP;
-            block.load(self.hessian, n, start);
-            if matches!(self.book, Book::Trellis(_)) {
-                block.load_chains(self.diagonal);
-            }
-            let len = block.len;
+        for from in (0..n).step_by(width) {
+            let end = n.min(from + width);
             self.change.fill(0.0);
-            let mut moved = vec![false; rows];
-            for r in 0..rows {
-                if !active[r] {
-                    continue;
+            for (front, residual) in self.front.chunks_mut(width).zip(self.residual.chunks(n)) {
+                front[..end - from].copy_from_slice(&residual[from..end]);
+            }
+            for g in from / GROUP..end.div_ceil(GROUP) {
+                block.load(self.hessian, n, g * GROUP);
+                if matches!(self.book, Book::Trellis(_)) {
+                    block.load_chains(self.diagonal);
                 }
-                let at = r * n + start;
-                let seat = Seat {
-                    weights: &self.weights[at..at + len],
-                    codes: &mut codes[at..at + len],
-                    scale_code: &mut scale_codes[r * groups + g],
-                    row_step: self.row_steps[r],
-                    searches: self.searches,
-                    delta: &mut self.delta[at..at + len],
-                    change: &mut self.change[r * GROUP..][..len],
-                };
-                let count = pulp::Arch::new().dispatch(Turn {
-                    seat,
-                    block: &block,
-                    residual: &self.residual[at..at + len],
-                    book: self.book,
-                    move_scale: move_scales,
-                });
-                moves[r] += count;
-                moved[r] = count > 0;
+                self.turn(state.reborrow(), (&block, g), from, &mut players);
+                let next = (g + 1) * GROUP;
+                if next < end && !self.diagonal {
+                    let product = Product {
+                        change: &self.change,
+                        stride: width,
+                        used: g * GROUP - from..next - from,
+                        first: from,
+                        hessian: self.hessian,
+                        n,
+                        columns: next..end,
+                    };
+                    product.add_to(&mut self.front, width, next - from, &mut self.buffer);
+                }
             }
-            if moved.contains(&true) {
-                self.propagate(start, len, &moved);
-            }
+            self.propagate(from, end - from);
         }
-        for (a, &m) in active.iter_mut().zip(&moves) {
+        for (a, &m) in players.active.iter_mut().zip(&players.moves) {
             *a = m > 0;
         }
-        moves.iter().sum()
+        players.moves.iter().sum()
     }
 
-    /// `R += change · H[block, :]` for the rows that moved in this block.
-    fn propagate(&mut self, start: usize, len: usize, moved: &[bool]) {
-        let n = self.n;
+    /// The turn of group `g`: the active rows, each at its residual `front`.
+    fn turn(
+        &mut self,
+        state: Codes<'_>,
+        (block, g): (&Block, usize),
+        from: usize,
+        players: &mut Players<'_>,
+    ) {
+        let (n, groups, len) = (self.n, Grid::groups(self.n), block.len);
+        let (start, width) = (g * GROUP, self.width);
+        let change = self.change.chunks_mut(width);
+        let rows = state
+            .codes
+            .chunks_mut(n)
+            .zip(state.scale_codes.chunks_mut(groups));
+        let rows = rows.zip(self.delta.chunks_mut(n)).zip(change).enumerate();
+        let (mut seats, mut seated) = (Vec::with_capacity(self.row_steps.len()), Vec::new());
+        for (r, (((codes, scale_codes), delta), change)) in rows {
+            let step = self.row_steps[r] * f32::from(scale_codes[g]);
+            if !players.active[r] || step <= 0.0 {
+                continue;
+            }
+            let mut local = [0.0; GROUP];
+            local[..len].copy_from_slice(&self.front[r * width + start - from..][..len]);
+            seated.push(r);
+            seats.push(Seat {
+                weights: &self.weights[r * n + start..][..len],
+                codes: &mut codes[start..start + len],
+                scale_code: &mut scale_codes[g],
+                row_step: self.row_steps[r],
+                delta: &mut delta[start..start + len],
+                change: &mut change[start - from..][..len],
+                local,
+                values: [0.0; GROUP],
+                step,
+                moves: 0,
+            });
+        }
+        dispatch(Turn {
+            seats: &mut seats,
+            block,
+            book: self.book,
+            searches: self.searches,
+            move_scales: players.move_scales,
+        });
+        for (r, seat) in seated.into_iter().zip(seats) {
+            players.moves[r] += seat.moves;
+        }
+    }
+
+    /// `R += change · H` after a stretch of columns from `from` on.
+    fn propagate(&mut self, from: usize, len: usize) {
+        let (n, width) = (self.n, self.width);
         if self.diagonal {
-            let changes = self.change.chunks(GROUP);
+            let changes = self.change.chunks(width);
             for (residual, change) in self.residual.chunks_mut(n).zip(changes) {
-                for (c, (r, d)) in residual[start..start + len].iter_mut().zip(change).enumerate() {
-                    *r += d * self.hessian[(start + c) * n + start + c];
+                for (c, (r, d)) in residual[from..from + len].iter_mut().zip(change).enumerate() {
+                    *r += d * self.hessian[(from + c) * n + from + c];
                 }
             }
             return;
         }
-        let h = MatRef::row_major(&self.hessian[start * n..(start + len) * n], len, n);
-        let rows: Vec<usize> = (0..moved.len()).filter(|&r| moved[r]).collect();
-        if rows.len() == moved.len() {
-            let change = MatRef::row_major(&self.change, rows.len(), GROUP).cols_range(0..len);
-            return gemm(
-                1.0,
-                change,
-                h,
-                1.0,
-                MatMut::row_major(&mut self.residual, rows.len(), n),
-            );
-        }
-        // Late sweeps move few rows: only those are multiplied.
-        for (to, &from) in rows.iter().enumerate() {
-            self.change
-                .copy_within(from * GROUP..(from + 1) * GROUP, to * GROUP);
-        }
-        let change =
-            MatRef::row_major(&self.change[..rows.len() * GROUP], rows.len(), GROUP).cols_range(0..len);
-        let product = &mut self.product[..rows.len() * n];
-        gemm(1.0, change, h, 0.0, MatMut::row_major(product, rows.len(), n));
-        for (&r, product) in rows.iter().zip(product.chunks(n)) {
-            self.residual[r * n..][..n]
-                .iter_mut()
-                .zip(product)
-                .for_each(|(r, p)| *r += p);
-        }
+        let product = Product {
+            change: &self.change,
+            stride: width,
+            used: 0..len,
+            first: from,
+            hessian: self.hessian,
+            n,
+            columns: 0..n,
+        };
+        product.add_to(&mut self.residual, n, 0, &mut self.buffer);
     }
 }
 

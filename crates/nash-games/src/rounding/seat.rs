@@ -4,7 +4,7 @@ use nash_kernels::{CHAIN, CHAINS, GROUP, chain_column};
 
 use super::MIN_GAIN;
 use crate::grid::{Book, Levels, MAX_LEVEL, inverse_or_zero};
-use crate::trellis::{self, Trellis};
+use crate::trellis::{self, Abreast, Lanes, Trellis, WIDE, WithLanes};
 
 /// The 64 × 64 block of H on the diagonal, contiguous, zero-padded.
 pub(super) struct Block {
@@ -55,23 +55,82 @@ impl Block {
     }
 }
 
-/// A seat's turn: what a closure would hold, but inlined into the code for this CPU's instruction set for certain.
-pub(super) struct Turn<'s, 'a> {
-    pub(super) seat: Seat<'a>,
-    pub(super) block: &'s Block,
-    pub(super) residual: &'s [f32],
-    pub(super) book: &'s Book,
-    pub(super) move_scale: bool,
+/// The turn of the rows of a chunk at one block.
+pub(super) struct Turn<'t, 'a> {
+    /// One per row that plays.
+    pub(super) seats: &'t mut [Seat<'a>],
+    pub(super) block: &'t Block,
+    pub(super) book: &'t Book,
+    /// Whether chains search for paths.
+    pub(super) searches: bool,
+    /// Whether scales are players.
+    pub(super) move_scales: bool,
 }
 
-impl pulp::NullaryFnOnce for Turn<'_, '_> {
-    type Output = u64;
+impl WithLanes for Turn<'_, '_> {
+    type Output = ();
 
+    /// Every player of the block answers once, in order; then the scale.
     #[inline(always)]
-    fn call(mut self) -> u64 {
-        self.seat
-            .respond(self.block, self.residual, self.book, self.move_scale)
+    fn run<L: Lanes>(self, lanes: L) {
+        match self.book {
+            Book::Scalar(levels) => {
+                for seat in &mut *self.seats {
+                    seat.respond_alone(self.block, levels);
+                }
+            }
+            Book::Trellis(trellis) => {
+                for seat in &mut *self.seats {
+                    seat.values = trellis.values(seat.codes);
+                }
+                let mut abreast = Abreast::new();
+                for seats in self.seats.chunks_mut(Abreast::chains(trellis.bits())) {
+                    for index in 0..CHAINS {
+                        if self.searches {
+                            let paths = search(lanes, &mut abreast, seats, (self.block, index), trellis);
+                            for (seat, path) in seats.iter_mut().zip(&paths) {
+                                seat.respond_in_chain(self.block, index, trellis, Some(path));
+                            }
+                        } else {
+                            for seat in &mut *seats {
+                                seat.respond_in_chain(self.block, index, trellis, None);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        if self.move_scales {
+            for seat in self.seats {
+                seat.move_scale(self.block, self.book);
+            }
+        }
     }
+}
+
+/// The best paths of chain `index` of as many seats as are searched together.
+#[inline(always)]
+fn search<L: Lanes>(
+    lanes: L,
+    abreast: &mut Abreast,
+    seats: &[Seat<'_>],
+    (block, index): (&Block, usize),
+    trellis: &Trellis,
+) -> [[u8; CHAIN]; WIDE] {
+    for (place, seat) in seats.iter().enumerate() {
+        let lane = trellis::Lane {
+            residual: &trellis::gather(&seat.local, index),
+            values: &trellis::gather(&seat.values, index).map(|v| seat.step * v),
+            diagonal: &block.diagonals[index],
+            step: seat.step,
+        };
+        abreast.set(trellis.bits(), place, lane);
+    }
+    let mut paths = [[0; CHAIN]; WIDE];
+    let coupling = block.chains.as_deref().map(|c| &c[index]);
+    let exists = trellis::exists(block.len, index);
+    abreast.search(lanes, trellis, coupling, &exists, &mut paths[..seats.len()]);
+    paths
 }
 
 /// The players of one row and one block.
@@ -80,119 +139,108 @@ pub(super) struct Seat<'a> {
     pub(super) codes: &'a mut [u8],
     pub(super) scale_code: &'a mut i8,
     pub(super) row_step: f32,
-    /// Whether chains search for paths.
-    pub(super) searches: bool,
     pub(super) delta: &'a mut [f32],
     pub(super) change: &'a mut [f32],
+    /// The residual of the block, kept up to date during the turn.
+    pub(super) local: [f32; GROUP],
+    /// Values of the codes on a trellis, in units of the codebook, kept up to date likewise.
+    pub(super) values: [f32; GROUP],
+    /// Value of one unit of the codebook.
+    pub(super) step: f32,
+    /// Players who moved.
+    pub(super) moves: u64,
 }
 
 impl Seat<'_> {
-    /// Every player of the block answers once, in order; then the scale. Returns the number of moves.
-    #[inline(always)]
-    fn respond(&mut self, block: &Block, residual: &[f32], book: &Book, move_scale: bool) -> u64 {
-        let step = self.row_step * f32::from(*self.scale_code);
-        if step <= 0.0 {
-            return 0;
-        }
-        let mut local = [0.0f32; GROUP];
-        local[..residual.len()].copy_from_slice(residual);
-        let mut moves = match book {
-            Book::Scalar(levels) => self.respond_alone(block, &mut local, levels, step),
-            Book::Trellis(trellis) => self.respond_in_chains(block, &mut local, trellis, step),
-        };
-        if move_scale {
-            moves += self.move_scale(block, &local, book);
-        }
-        moves
-    }
-
     /// Each weight takes the level nearest to the vertex of its parabola.
     #[inline(always)]
-    fn respond_alone(&mut self, block: &Block, local: &mut [f32; GROUP], levels: &Levels, step: f32) -> u64 {
-        let inverse = inverse_or_zero(step);
-        let mut moves = 0;
+    fn respond_alone(&mut self, block: &Block, levels: &Levels) {
+        let (step, inverse) = (self.step, inverse_or_zero(self.step));
         for j in 0..self.weights.len() {
             let hjj = block.h[j * GROUP + j];
             let value = self.weights[j] + self.delta[j];
-            let code = levels.nearest((value - local[j] / hjj) * inverse);
+            let code = levels.nearest((value - self.local[j] / hjj) * inverse);
             if code == self.codes[j] {
                 continue;
             }
             let new_delta = step * levels.value(code) - self.weights[j];
             let d = new_delta - self.delta[j];
-            let change_of_potential = d * (2.0 * local[j] + d * hjj);
+            let change_of_potential = d * (2.0 * self.local[j] + d * hjj);
             if change_of_potential < -MIN_GAIN * hjj * d * d {
                 self.codes[j] = code;
                 self.delta[j] = new_delta;
                 self.change[j] += d;
-                add_scaled(local, block.row(j), d);
-                moves += 1;
+                add_scaled(&mut self.local, block.row(j), d);
+                self.moves += 1;
             }
         }
-        moves
     }
 
-    /// Each chain takes the best path found; where that is the present one, single codes are asked.
+    /// A chain takes the path found for it, if that gains; without one, its codes are asked one by one.
     #[inline(always)]
-    fn respond_in_chains(
+    fn respond_in_chain(
         &mut self,
         block: &Block,
-        local: &mut [f32; GROUP],
+        index: usize,
         trellis: &Trellis,
-        step: f32,
-    ) -> u64 {
-        let mut moves = 0;
-        for index in 0..CHAINS {
-            let mut codes = trellis::gather(&trellis::padded(self.codes), index);
-            let chain = trellis::Chain {
-                coupling: block.chains.as_deref().map(|c| &c[index]),
-                diagonal: block.diagonals[index],
-                residual: trellis::gather(local, index),
-                values: trellis.chain_values(&codes).map(|v| step * v),
-                step,
-                exists: trellis::exists(self.weights.len(), index),
-            };
-            let moved = trellis::respond(trellis, chain, &mut codes, self.searches, MIN_GAIN);
-            if moved == 0 {
-                continue;
-            }
-            moves += moved;
-            let values = trellis.chain_values(&codes);
-            for (s, (code, value)) in codes.into_iter().zip(values).enumerate() {
-                let j = chain_column(index, s);
-                if j < self.weights.len() {
-                    self.codes[j] = code;
-                    let new_delta = step * value - self.weights[j];
-                    let d = new_delta - self.delta[j];
-                    if d != 0.0 {
-                        self.delta[j] = new_delta;
-                        self.change[j] += d;
-                        add_scaled(local, block.row(j), d);
-                    }
+        path: Option<&[u8; CHAIN]>,
+    ) {
+        let mut codes = trellis::gather(&trellis::padded(self.codes), index);
+        let chain = trellis::Chain {
+            coupling: block.chains.as_deref().map(|c| &c[index]),
+            diagonal: &block.diagonals[index],
+            residual: trellis::gather(&self.local, index),
+            values: trellis::gather(&self.values, index).map(|v| self.step * v),
+            step: self.step,
+            exists: trellis::exists(self.weights.len(), index),
+        };
+        let moved = match path {
+            Some(path) => chain.take(trellis, path, &mut codes, MIN_GAIN),
+            None => chain.respond_alone(trellis, &mut codes, MIN_GAIN),
+        };
+        if moved == 0 {
+            return;
+        }
+        self.moves += moved;
+        let values = trellis.chain_values(&codes);
+        trellis::scatter(&values, &mut self.values, index);
+        for (s, (code, value)) in codes.into_iter().zip(values).enumerate() {
+            let j = chain_column(index, s);
+            if j < self.weights.len() {
+                self.codes[j] = code;
+                let new_delta = self.step * value - self.weights[j];
+                let d = new_delta - self.delta[j];
+                if d != 0.0 {
+                    self.delta[j] = new_delta;
+                    self.change[j] += d;
+                    add_scaled(&mut self.local, block.row(j), d);
                 }
             }
         }
-        moves
     }
 
     /// Best response of the scale: the code nearest to the vertex of its parabola.
     #[inline(always)]
-    fn move_scale(&mut self, block: &Block, local: &[f32; GROUP], book: &Book) -> u64 {
-        let v = book.values(self.codes).map(|v| self.row_step * v);
+    fn move_scale(&mut self, block: &Block, book: &Book) {
+        let values = match book {
+            Book::Scalar(_) => book.values(self.codes),
+            Book::Trellis(_) => self.values,
+        };
+        let v = values.map(|v| self.row_step * v);
         let mut hv = [0.0f32; GROUP];
         for (j, &v) in v.iter().enumerate().take(block.len) {
             add_scaled(&mut hv, block.row(j), v);
         }
-        let slope = 2.0 * sum_of_products(&v, local);
+        let slope = 2.0 * sum_of_products(&v, &self.local);
         let curvature = sum_of_products(&v, &hv);
         if curvature <= 0.0 {
-            return 0;
+            return;
         }
         let old = f32::from(*self.scale_code);
         let new = (old - 0.5 * slope / curvature).round().clamp(1.0, MAX_LEVEL);
         let d = new - old;
         if d == 0.0 || d * (slope + d * curvature) >= -MIN_GAIN * curvature * d * d {
-            return 0;
+            return;
         }
         *self.scale_code = new as i8;
         for (((w, v), delta), change) in self
@@ -206,7 +254,7 @@ impl Seat<'_> {
             *change += new_delta - *delta;
             *delta = new_delta;
         }
-        1
+        self.moves += 1;
     }
 }
 

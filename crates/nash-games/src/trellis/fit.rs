@@ -6,16 +6,20 @@
 use nash_kernels::{CHAIN, CHAINS, GROUP, chain_column};
 use rayon::prelude::*;
 
-use super::{Chain, TABLE, Trellis, exists, gather, padded, scatter, search, tables};
+use super::{
+    Abreast, Lane, Lanes, TABLE, Trellis, WIDE, WithLanes, dispatch, exists, gather, padded, scatter, tables,
+};
 use crate::codebook::for_each_scale;
 use crate::grid::Grid;
 
 /// Weights that shape the table, in whole rows: a thousand per entry.
 const SAMPLE: usize = 1 << 16;
 /// Multiples of the current scale to try: at first, later, and for rows that are not in the sample.
-const WIDE: &[f32] = &[1.0, 0.87, 1.15];
+const COARSE: &[f32] = &[1.0, 0.87, 1.15];
 const NARROW: &[f32] = &[1.0, 0.95, 1.05];
 const REST: &[f32] = &[1.0, 0.89, 1.12, 0.94, 1.06];
+/// Most multiples tried at a time.
+const MOST_FACTORS: usize = 5;
 const ROWS_PER_CHUNK: usize = 16;
 
 /// Table (for a unit scale) and scales `[m, G]` of `weights [m, n]` for column importances `h [n]`.
@@ -32,7 +36,7 @@ pub(crate) fn fit(
     let spread = root_mean_squares(&sample, cols);
     let mut scales = spread.clone();
     for round in 0..rounds {
-        let factors = if round == 0 { WIDE } else { NARROW };
+        let factors = if round == 0 { COARSE } else { NARROW };
         for_each_scale(&sample, cols, h, &mut scales, |w, h, s| {
             best_scale(w, h, &trellis, s, factors)
         });
@@ -70,9 +74,22 @@ fn best_scale(w: &[f32], h: &[f32], trellis: &Trellis, start: f32, factors: &[f3
     }
     // For given codes the least-squares scale is s = Σ h w v / Σ h v², and it leaves an error of Σ h w² − s Σ h w v: the candidate that
     // explains most wins.
+    let mut steps = [start; MOST_FACTORS];
+    steps
+        .iter_mut()
+        .zip(factors)
+        .for_each(|(step, factor)| *step *= factor);
+    let (steps, mut codes) = (&steps[..factors.len()], [[0; GROUP]; MOST_FACTORS]);
+    dispatch(Nearest {
+        w,
+        h,
+        trellis,
+        steps,
+        codes: &mut codes,
+    });
     let mut best = (0.0, start);
-    for &factor in factors {
-        let values = trellis.values(&nearest(w, h, trellis, start * factor));
+    for codes in &codes[..factors.len()] {
+        let values = trellis.values(codes);
         let (mut wv, mut vv) = (0.0f32, 0.0f32);
         for ((&w, &h), v) in w.iter().zip(h).zip(values) {
             wv += h * w * v;
@@ -87,40 +104,55 @@ fn best_scale(w: &[f32], h: &[f32], trellis: &Trellis, start: f32, factors: &[f3
 
 /// The codes of a group of up to 64 weights that minimise `Σ h (w − ŵ)²`, if a table entry of 1 is worth `step`.
 pub(crate) fn nearest(w: &[f32], h: &[f32], trellis: &Trellis, step: f32) -> [u8; GROUP] {
-    pulp::Arch::new().dispatch(Nearest { w, h, trellis, step })
+    let mut codes = [[0; GROUP]];
+    dispatch(Nearest {
+        w,
+        h,
+        trellis,
+        steps: &[step],
+        codes: &mut codes,
+    });
+    codes[0]
 }
 
-/// The arguments of [`nearest`]: what a closure would hold, but inlined into the code for this CPU's instruction set for certain.
+/// The nearest codes of one group for each of several steps.
 struct Nearest<'a> {
     w: &'a [f32],
     h: &'a [f32],
     trellis: &'a Trellis,
-    step: f32,
+    steps: &'a [f32],
+    codes: &'a mut [[u8; GROUP]],
 }
 
-impl pulp::NullaryFnOnce for Nearest<'_> {
-    type Output = [u8; GROUP];
+impl WithLanes for Nearest<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn call(self) -> [u8; GROUP] {
-        let Self { w, h, trellis, step } = self;
-        let (weights, importance, mut codes) = (padded(w), padded(h), [0; GROUP]);
+    fn run<L: Lanes>(self, lanes: L) {
+        let (weights, importance) = (padded(self.w), padded(self.h));
+        let (bits, mut abreast) = (self.trellis.bits(), Abreast::new());
+        let together = Abreast::chains(bits);
         for chain in 0..CHAINS {
             let (weights, diagonal) = (gather(&weights, chain), gather(&importance, chain));
-            let path = search(
-                trellis,
-                &Chain {
-                    coupling: None,
-                    diagonal,
-                    residual: std::array::from_fn(|s| -diagonal[s] * weights[s]),
-                    values: [0.0; CHAIN],
-                    step,
-                    exists: exists(w.len(), chain),
-                },
-            );
-            scatter(&path, &mut codes, chain);
+            let residual = std::array::from_fn(|s| -diagonal[s] * weights[s]);
+            let exists = exists(self.w.len(), chain);
+            for (steps, codes) in self.steps.chunks(together).zip(self.codes.chunks_mut(together)) {
+                for (index, &step) in steps.iter().enumerate() {
+                    let lane = Lane {
+                        residual: &residual,
+                        values: &[0.0; CHAIN],
+                        diagonal: &diagonal,
+                        step,
+                    };
+                    abreast.set(bits, index, lane);
+                }
+                let mut paths = [[0; CHAIN]; WIDE];
+                abreast.search(lanes, self.trellis, None, &exists, &mut paths[..steps.len()]);
+                for (path, codes) in paths.iter().zip(codes) {
+                    scatter(path, codes, chain);
+                }
+            }
         }
-        codes
     }
 }
 

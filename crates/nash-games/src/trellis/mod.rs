@@ -9,19 +9,25 @@
 //! | module | |
 //! | --- | --- |
 //! | this | windows and values |
-//! | `search` | the best response of a whole chain: the Viterbi algorithm, with survivors that carry their own residual |
+//! | `search` | the best path of whole chains: the Viterbi algorithm, with survivors that carry their own residual |
+//! | `answer` | the best response of a chain: that path, or codes that move alone |
+//! | `lanes` | the vector operations of the search |
 //! | `fit` | the table and the scales of a tensor |
 //! | `tables` | tables for a unit Gaussian, from which fitting starts |
 
+mod answer;
 mod fit;
+mod lanes;
 mod search;
 mod tables;
 
 use nash_kernels::{CHAIN, CHAINS, GROUP, WINDOW_BITS, chain_column};
 
+pub(crate) use answer::Chain;
 pub use fit::train_for_gaussian;
 pub(crate) use fit::{fit, nearest};
-pub(crate) use search::{Chain, Matrix, respond, search};
+pub(crate) use lanes::{Lanes, WIDE, WithLanes, dispatch};
+pub(crate) use search::{Abreast, Lane, Matrix};
 
 /// Entries of a table.
 pub const TABLE: usize = 1 << WINDOW_BITS;
@@ -31,12 +37,24 @@ pub const TABLE: usize = 1 << WINDOW_BITS;
 pub struct Trellis {
     bits: usize,
     table: [f32; TABLE],
+    /// The table by code, then by the bits that follow.
+    by_code: [f32; TABLE],
+    /// For each number q of windows that lead to all states: their values, by state, repeated.
+    patterns: Vec<[f32; WIDE]>,
 }
 
 impl Trellis {
     /// A trellis of codes of `bits` bits (2 to 6) over a table.
     pub fn new(bits: usize, table: [f32; TABLE]) -> Self {
-        Self { bits, table }
+        let (codes, states) = (1 << bits, TABLE >> bits);
+        Self {
+            bits,
+            table,
+            by_code: std::array::from_fn(|i| table[i / states + ((i % states) << bits)]),
+            patterns: (0..codes)
+                .map(|q| std::array::from_fn(|i| table[q * states + i % states]))
+                .collect(),
+        }
     }
 
     /// Bits per code.
@@ -52,13 +70,15 @@ impl Trellis {
     /// The windows of a chain. What lies beyond its end is zero.
     #[inline(always)]
     pub(crate) fn windows(&self, codes: &[u8; CHAIN]) -> [u8; CHAIN] {
-        let mut windows = [0; CHAIN];
-        let mut next = 0usize;
-        for (window, &code) in windows.iter_mut().zip(codes).rev() {
-            next = (usize::from(code) | next << self.bits) % TABLE;
-            *window = next as u8;
+        let mut padded = [0u8; CHAIN + WINDOW_BITS];
+        padded[..CHAIN].copy_from_slice(codes);
+        let mut windows = *codes;
+        for k in 1..WINDOW_BITS.div_ceil(self.bits) {
+            for (window, &later) in windows.iter_mut().zip(&padded[k..]) {
+                *window |= later << (k * self.bits);
+            }
         }
-        windows
+        windows.map(|window| window % TABLE as u8)
     }
 
     /// The values of up to 64 codes of a group; a shorter group is followed by codes 0.
@@ -118,7 +138,15 @@ pub(crate) fn exists(len: usize, chain: usize) -> [bool; CHAIN] {
 
 #[cfg(test)]
 mod tests {
+    use rand::{RngExt, SeedableRng};
+
     use super::*;
+
+    /// Uniform variates of [−1, 1).
+    pub(super) fn random<const N: usize>(seed: u64) -> [f32; N] {
+        let mut rng = rand_pcg::Pcg64Mcg::seed_from_u64(seed);
+        std::array::from_fn(|_| rng.random_range(-1.0f32..1.0))
+    }
 
     #[test]
     fn windows_are_six_bits_of_the_stream() {

@@ -1,364 +1,309 @@
-//! The best response of a whole chain of codes.
+//! The best path of a chain of codes.
 //!
 //! With the rest of the row fixed, a chain's change `d` of its 32 values changes the potential by `2 d·R + d H dᵀ`. Were `H` diagonal, the
 //! Viterbi algorithm would find the best path exactly. It is not, so every survivor carries the residual that its own past changes
 //! leave for the codes to come (per-survivor processing; Raheli, Polydoros and Tzou 1995), codes to come counting as unchanged. The path
 //! found is a joint deviation of up to 32 players: it is taken only if it lowers the potential, and whether single players
 //! could still gain is asked afterwards.
+//!
+//! A trellis of codes of `b` bits has `2^(6−b)` states. Chains of `16 / states` rows are searched side by side, one state of one chain in each of 16
+//! lanes: lane `i` is state `i mod states` of chain `i div states`. So a survivor takes over another's residual by a permutation.
 
-use nash_kernels::{CHAIN, WINDOW_BITS};
+use nash_kernels::CHAIN;
 
+use super::lanes::{Lanes, WIDE};
 use super::{TABLE, Trellis};
 
 /// `H` among the weights of a chain.
 pub(crate) type Matrix = [[f32; CHAIN]; CHAIN];
 
-/// States of the widest trellis (2 bits).
-const STATES: usize = 16;
 /// The cost of what cannot be reached.
 const NEVER: f32 = 1e30;
 
-/// A chain in play.
-pub(crate) struct Chain<'a> {
-    /// H among its weights; `None` if only the diagonal counts.
-    pub(crate) coupling: Option<&'a Matrix>,
-    /// Diagonal of H.
-    pub(crate) diagonal: [f32; CHAIN],
-    /// Residual `R = Δ H` at its weights.
-    pub(crate) residual: [f32; CHAIN],
+/// Chains of different rows at the same columns, or of one row under different scales, to be searched side by side.
+pub(crate) struct Abreast {
+    /// Residual `R = Δ H` of each code, `[code][lane]`. Used up by the search.
+    residual: [[f32; WIDE]; CHAIN],
+    /// Value of each weight now, `[code][lane]`.
+    values: [[f32; WIDE]; CHAIN],
+    /// Diagonal of H, `[code][lane]`.
+    diagonal: [[f32; WIDE]; CHAIN],
+    /// What a table entry of 1 is worth, per lane.
+    steps: [f32; WIDE],
+    /// The window chosen for each code and state, `[code][lane]`.
+    chosen: [[u32; WIDE]; CHAIN],
+}
+
+/// One chain as the search sees it.
+#[derive(Clone, Copy)]
+pub(crate) struct Lane<'a> {
+    /// Residual at its weights.
+    pub(crate) residual: &'a [f32; CHAIN],
     /// Values now, in units of the weights.
-    pub(crate) values: [f32; CHAIN],
+    pub(crate) values: &'a [f32; CHAIN],
+    /// Diagonal of H.
+    pub(crate) diagonal: &'a [f32; CHAIN],
     /// What a table entry of 1 is worth.
     pub(crate) step: f32,
-    /// Which of its weights exist: a group at the end of a row can be short. The others have code 0.
-    pub(crate) exists: [bool; CHAIN],
 }
 
-/// The best path of a chain, as far as survivors know: its codes.
-#[inline(always)]
-pub(crate) fn search(trellis: &Trellis, chain: &Chain<'_>) -> [u8; CHAIN] {
-    let table = &trellis.table;
-    match (trellis.bits, chain.coupling.is_some()) {
-        (2, false) => search_of::<2, false>(table, chain),
-        (2, true) => search_of::<2, true>(table, chain),
-        (3, false) => search_of::<3, false>(table, chain),
-        (3, true) => search_of::<3, true>(table, chain),
-        (4, false) => search_of::<4, false>(table, chain),
-        (4, true) => search_of::<4, true>(table, chain),
-        (5, false) => search_of::<5, false>(table, chain),
-        (5, true) => search_of::<5, true>(table, chain),
-        (_, false) => search_of::<6, false>(table, chain),
-        (_, true) => search_of::<6, true>(table, chain),
+impl Abreast {
+    /// Room for the chains of one search.
+    pub(crate) fn new() -> Self {
+        Self {
+            residual: [[0.0; WIDE]; CHAIN],
+            values: [[0.0; WIDE]; CHAIN],
+            diagonal: [[1.0; WIDE]; CHAIN],
+            steps: [0.0; WIDE],
+            chosen: [[0; WIDE]; CHAIN],
+        }
     }
-}
 
-#[inline(always)]
-fn search_of<const BITS: usize, const COUPLED: bool>(table: &[f32; TABLE], chain: &Chain<'_>) -> [u8; CHAIN] {
-    // A window is `code + state · 2^BITS`; the state of the code before it is the low bits of the window.
-    let (codes, states) = (1usize << BITS, TABLE >> BITS);
-    let values = table.map(|v| chain.step * v);
-    let mut costs = [NEVER; STATES];
-    costs[0] = 0.0;
-    // Of the code now and of the one before, in turns.
-    let mut residuals = [[[0.0; CHAIN]; STATES]; 2];
-    if COUPLED {
-        residuals[0].fill(chain.residual);
+    /// How many chains of codes of `bits` bits (2 to 6) are searched together.
+    pub(crate) fn chains(bits: usize) -> usize {
+        WIDE / (TABLE >> bits).max(1)
     }
-    let mut chosen = [[0u8; STATES]; CHAIN];
-    for s in (0..CHAIN).rev() {
-        let (h, value) = (chain.diagonal[s], chain.values[s]);
-        // Per window: its change of value, and what its state brings along.
-        let (mut change, mut cost, mut slope) = ([0.0f32; TABLE], [0.0f32; TABLE], [0.0f32; TABLE]);
-        for (change, v) in change.iter_mut().zip(&values) {
-            *change = v - value;
-        }
-        for state in 0..states {
-            cost[state * codes..][..codes].fill(costs[state]);
-            let residual = if COUPLED {
-                residuals[1 - s % 2][state][s]
-            } else {
-                chain.residual[s]
-            };
-            slope[state * codes..][..codes].fill(2.0 * residual);
-        }
-        if !chain.exists[s] {
-            // Only code 0, which costs nothing.
-            for (w, cost) in cost.iter_mut().enumerate().filter(|(w, _)| w % codes != 0) {
-                (*cost, change[w]) = (NEVER, 0.0);
-            }
-            change.iter_mut().step_by(codes).for_each(|change| *change = 0.0);
-        }
-        let (mut best, mut window) = ([f32::INFINITY; STATES], [0u32; STATES]);
-        for first in (0..TABLE).step_by(states) {
-            for state in 0..states {
-                let (w, d) = (first + state, change[first + state]);
-                let total = cost[w] + d * (slope[w] + d * h);
-                let better = total < best[state];
-                best[state] = if better { total } else { best[state] };
-                window[state] = if better { w as u32 } else { window[state] };
-            }
-        }
-        costs = best;
-        chosen[s] = window.map(|w| w as u8);
-        if COUPLED && let Some(coupling) = chain.coupling {
-            let [even, odd] = &mut residuals;
-            let (old, new) = if s % 2 == 1 { (even, odd) } else { (odd, even) };
-            for (new, w) in new.iter_mut().zip(window).take(states) {
-                let w = w as usize % TABLE;
-                carry(&old[w >> BITS], &coupling[s], change[w], new);
-            }
-        }
-    }
-    let mut state = 0;
-    for other in 1..states {
-        if costs[other] < costs[state] {
-            state = other;
-        }
-    }
-    let mut path = [0; CHAIN];
-    for (code, chosen) in path.iter_mut().zip(&chosen) {
-        let window = usize::from(chosen[state % STATES]) % TABLE;
-        state = window >> BITS;
-        *code = (window % codes) as u8;
-    }
-    path
-}
 
-/// `new = old + d · h`. All 32 elements, though those from the present code on are never read: a fixed length costs less than a short one.
-#[inline(always)]
-fn carry(old: &[f32; CHAIN], h: &[f32; CHAIN], d: f32, new: &mut [f32; CHAIN]) {
-    // By way of a value of its own, which nothing can overlap.
-    let mut sum = [0.0; CHAIN];
-    for ((sum, old), h) in sum.iter_mut().zip(old).zip(h) {
-        *sum = old + d * h;
-    }
-    *new = sum;
-}
-
-/// Answers of a chain: if it `searches`, the best path found, if that gains; else the best answers of single codes, one after the other. A change by `d` has to gain more than `least · Σ h d²`.
-/// Returns the number of codes that changed.
-#[inline(always)]
-pub(crate) fn respond(
-    trellis: &Trellis,
-    mut chain: Chain<'_>,
-    codes: &mut [u8; CHAIN],
-    searches: bool,
-    least: f32,
-) -> u64 {
-    let path = if searches { search(trellis, &chain) } else { *codes };
-    if path != *codes {
-        let values = trellis.chain_values(&path);
-        let change: [f32; CHAIN] = std::array::from_fn(|s| chain.step * values[s] - chain.values[s]);
-        if chain.gains(&change, least) {
-            let moved = codes.iter().zip(path).filter(|(a, b)| **a != *b).count();
-            *codes = path;
-            return moved as u64;
-        }
-    }
-    let mut moved = 0;
-    let exists = chain.exists;
-    for s in (0..CHAIN).rev().filter(|&s| exists[s]) {
-        moved += u64::from(respond_alone(trellis, &mut chain, codes, s, least));
-    }
-    moved
-}
-
-impl Chain<'_> {
-    /// H between two of its weights.
+    /// Puts a chain into place `index` of those that are searched together.
     #[inline(always)]
-    fn h(&self, i: usize, j: usize) -> f32 {
-        match self.coupling {
-            _ if i == j => self.diagonal[i],
-            Some(h) => h[i][j],
-            None => 0.0,
+    pub(crate) fn set(&mut self, bits: usize, index: usize, lane: Lane<'_>) {
+        let states = TABLE >> bits;
+        let lanes = index * states..(index + 1) * states;
+        self.steps[lanes.clone()].fill(lane.step);
+        for s in 0..CHAIN {
+            self.residual[s][lanes.clone()].fill(lane.residual[s]);
+            self.values[s][lanes.clone()].fill(lane.values[s]);
+            self.diagonal[s][lanes.clone()].fill(lane.diagonal[s]);
         }
     }
 
-    /// Whether a change of values lowers the potential by more than `least · Σ h d²`.
+    /// The best path of each chain as far as survivors know, into `paths`, at most as many as are searched together. `coupling`: H among the
+    /// weights of a chain, the same for all; `None` if only the diagonal counts. `exists`: the weights there are, a group at the end of a
+    /// row can be short; the others have code 0.
     #[inline(always)]
-    fn gains(&self, change: &[f32; CHAIN], least: f32) -> bool {
-        let (mut potential, mut size) = (0.0, 0.0);
-        for (i, d) in change.iter().enumerate().filter(|(i, _)| self.exists[*i]) {
-            let own = self.diagonal[i] * d;
-            let pull = match self.coupling {
-                Some(h) => h[i].iter().zip(change).map(|(h, d)| h * d).sum(),
-                None => own,
-            };
-            potential += d * (2.0 * self.residual[i] + pull);
-            size += d * own;
+    pub(crate) fn search<L: Lanes>(
+        &mut self,
+        lanes: L,
+        trellis: &Trellis,
+        coupling: Option<&Matrix>,
+        exists: &[bool; CHAIN],
+        paths: &mut [[u8; CHAIN]],
+    ) {
+        match trellis.bits {
+            2 => self.search_of::<L, 2, 4>(lanes, trellis, coupling, exists, paths),
+            3 => self.search_of::<L, 3, 8>(lanes, trellis, coupling, exists, paths),
+            4 => self.search_of::<L, 4, 16>(lanes, trellis, coupling, exists, paths),
+            5 => self.search_of::<L, 5, 32>(lanes, trellis, coupling, exists, paths),
+            _ => self.search_of::<L, 6, 64>(lanes, trellis, coupling, exists, paths),
         }
-        potential < -least * size
     }
-}
 
-/// Weights whose value a code has a say in, at most: at 2 bits its own and two before it.
-const REACH: usize = 3;
-
-/// The best answer of the code at `s`, taken if it gains.
-#[inline(always)]
-fn respond_alone(
-    trellis: &Trellis,
-    chain: &mut Chain<'_>,
-    codes: &mut [u8; CHAIN],
-    s: usize,
-    least: f32,
-) -> bool {
-    let windows = trellis.windows(codes);
-    let next = windows.get(s + 1).map_or(0, |&w| usize::from(w));
-    let reach = WINDOW_BITS.div_ceil(trellis.bits).min(s + 1).min(REACH);
-    // Changes of the values at s, s − 1, s − 2 if the code becomes `code`.
-    let changes = |code: usize| {
-        let (mut window, mut d) = (next, [0.0f32; REACH]);
-        for (k, d) in d.iter_mut().enumerate().take(reach) {
-            let own = if k == 0 { code } else { usize::from(codes[s - k]) };
-            window = (own | window << trellis.bits) % TABLE;
-            *d = chain.step * trellis.table[window] - chain.values[s - k];
+    #[inline(always)]
+    fn search_of<L: Lanes, const BITS: u32, const CODES: usize>(
+        &mut self,
+        lanes: L,
+        trellis: &Trellis,
+        coupling: Option<&Matrix>,
+        exists: &[bool; CHAIN],
+        paths: &mut [[u8; CHAIN]],
+    ) {
+        let states = TABLE >> BITS;
+        let state: [u32; WIDE] = std::array::from_fn(|i| (i % states) as u32);
+        let chain: [u32; WIDE] = std::array::from_fn(|i| (i / states * states) as u32);
+        let (state, chain) = (lanes.load_wholes(&state), lanes.load_wholes(&chain));
+        // A window is `code + state · 2^BITS`, and the state of the code before it the low bits of the window: for the new state, window
+        // `q · states + state` comes from the state `window >> BITS`. Where that does not depend on the new state, several q share it.
+        let step = lanes.load(&self.steps);
+        let mut table = [step; CODES];
+        for (entry, pattern) in table.iter_mut().zip(&trellis.patterns) {
+            *entry = lanes.multiply(step, lanes.load(pattern));
         }
-        d
-    };
-    let (mut best, mut least_change) = (None, 0.0f32);
-    for code in (0..1usize << trellis.bits).filter(|&code| code != usize::from(codes[s])) {
-        let d = changes(code);
-        let (mut potential, mut size) = (0.0, 0.0);
-        for k in 0..reach {
-            let mut pull = 2.0 * chain.residual[s - k];
-            for (l, d) in d.iter().enumerate().take(reach) {
-                pull += chain.h(s - k, s - l) * d;
+        let per_origin = (CODES / states).max(1);
+        let first: [f32; WIDE] = std::array::from_fn(|i| if i % states == 0 { 0.0 } else { NEVER });
+        let mut costs = lanes.load(&first);
+        for s in (0..CHAIN).rev() {
+            let (h, value) = (lanes.load(&self.diagonal[s]), lanes.load(&self.values[s]));
+            let residual = lanes.load(&self.residual[s]);
+            let slopes = lanes.add(residual, residual);
+            let mut best = lanes.splat(f32::INFINITY);
+            let (mut change, mut window) = (lanes.splat(0.0), lanes.splat_wholes(0));
+            for first in (0..CODES).step_by(per_origin) {
+                let windows = lanes.add_wholes(lanes.splat_wholes((first * states) as u32), state);
+                let origin = lanes.add_wholes(lanes.shift_right::<BITS>(windows), chain);
+                let (cost, slope) = (lanes.permute(costs, origin), lanes.permute(slopes, origin));
+                for (q, &entry) in table.iter().enumerate().skip(first).take(per_origin) {
+                    let mut d = lanes.subtract(entry, value);
+                    let mut total = lanes.fused(d, lanes.fused(d, h, slope), cost);
+                    let windows = lanes.add_wholes(lanes.splat_wholes((q * states) as u32), state);
+                    if !exists[s] {
+                        // Only code 0, which costs nothing.
+                        let blocked = std::array::from_fn(|i| {
+                            let other = !(q * states + i % states).is_multiple_of(CODES);
+                            if other { NEVER } else { 0.0 }
+                        });
+                        (d, total) = (lanes.splat(0.0), lanes.add(cost, lanes.load(&blocked)));
+                    }
+                    let better = lanes.less(total, best);
+                    best = lanes.select(better, total, best);
+                    change = lanes.select(better, d, change);
+                    window = lanes.select_wholes(better, windows, window);
+                }
             }
-            potential += d[k] * pull;
-            size += chain.diagonal[s - k] * d[k] * d[k];
+            costs = best;
+            lanes.store_wholes(window, &mut self.chosen[s]);
+            if let Some(coupling) = coupling {
+                let origin = lanes.add_wholes(lanes.shift_right::<BITS>(window), chain);
+                for (residual, &h) in self.residual[..s].iter_mut().zip(&coupling[s]) {
+                    let of_origin = lanes.permute(lanes.load(residual), origin);
+                    lanes.store(lanes.fused(change, lanes.splat(h), of_origin), residual);
+                }
+            }
         }
-        if potential < -least * size && potential < least_change {
-            (best, least_change) = (Some((code, d)), potential);
+        let mut ends = [0.0; WIDE];
+        lanes.store(costs, &mut ends);
+        self.trace_back(BITS as usize, &ends, paths);
+    }
+
+    /// Follows the cheapest end of each chain.
+    #[inline(always)]
+    fn trace_back(&self, bits: usize, ends: &[f32; WIDE], paths: &mut [[u8; CHAIN]]) {
+        let (codes, states) = (1usize << bits, TABLE >> bits);
+        for (path, (chain, ends)) in paths.iter_mut().zip(ends.chunks_exact(states).enumerate()) {
+            let mut state = 0;
+            for other in 1..states {
+                if ends[other] < ends[state] {
+                    state = other;
+                }
+            }
+            for (code, chosen) in path.iter_mut().zip(&self.chosen) {
+                let window = chosen[(chain * states + state) % WIDE] as usize % TABLE;
+                state = window >> bits;
+                *code = (window % codes) as u8;
+            }
         }
     }
-    let Some((code, d)) = best else {
-        return false;
-    };
-    codes[s] = code as u8;
-    for (k, d) in d.into_iter().enumerate().take(reach) {
-        chain.values[s - k] += d;
-        for (i, residual) in chain.residual.iter_mut().enumerate() {
-            *residual += match chain.coupling {
-                Some(h) => d * h[s - k][i],
-                None if i == s - k => d * chain.diagonal[i],
-                None => 0.0,
-            };
-        }
-    }
-    true
 }
 
 #[cfg(test)]
 mod tests {
-    use rand::{RngExt, SeedableRng};
-
+    use super::super::lanes::{Plain, WithLanes, dispatch};
+    use super::super::tests::random;
     use super::*;
 
-    fn random(n: usize, seed: u64) -> Vec<f32> {
-        let mut rng = rand_pcg::Pcg64Mcg::seed_from_u64(seed);
-        (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
+    /// A search of all chains that go together.
+    struct Search<'a> {
+        trellis: &'a Trellis,
+        lanes: &'a [Lane<'a>],
+        coupling: Option<&'a Matrix>,
+        exists: [bool; CHAIN],
     }
 
-    /// The last five weights exist, so that all paths can be tried.
+    impl WithLanes for Search<'_> {
+        type Output = Vec<[u8; CHAIN]>;
+
+        fn run<L: Lanes>(self, lanes: L) -> Self::Output {
+            let mut abreast = Abreast::new();
+            for (index, &lane) in self.lanes.iter().enumerate() {
+                abreast.set(self.trellis.bits, index, lane);
+            }
+            let mut paths = vec![[0; CHAIN]; self.lanes.len()];
+            abreast.search(lanes, self.trellis, self.coupling, &self.exists, &mut paths);
+            paths
+        }
+    }
+
+    /// The last few weights exist, so that all paths can be tried.
     #[test]
     fn without_coupling_the_path_is_the_best_of_all() {
         for bits in 2..=4usize {
-            for seed in 0..20 {
-                let table: [f32; TABLE] = random(TABLE, seed).try_into().unwrap();
-                let trellis = Trellis::new(bits, table);
-                let targets: [f32; CHAIN] = random(CHAIN, seed + 100).try_into().unwrap();
-                let diagonal: [f32; CHAIN] = random(CHAIN, seed + 200)
-                    .iter()
-                    .map(|v| v + 1.1)
-                    .collect::<Vec<_>>()
-                    .try_into()
-                    .unwrap();
+            for seed in 0..10 {
+                let trellis = Trellis::new(bits, random(seed));
                 let exists: [bool; CHAIN] = std::array::from_fn(|s| s < 4);
-                let chain = Chain {
+                let chains: Vec<[[f32; CHAIN]; 3]> = (0..Abreast::chains(bits) as u64)
+                    .map(|chain| {
+                        let targets: [f32; CHAIN] = random(100 * (chain + 1) + seed);
+                        let diagonal = random::<CHAIN>(7000 + 100 * chain + seed).map(|v| v + 1.1);
+                        [
+                            std::array::from_fn(|s| -diagonal[s] * targets[s]),
+                            diagonal,
+                            targets,
+                        ]
+                    })
+                    .collect();
+                let lanes: Vec<Lane<'_>> = chains
+                    .iter()
+                    .map(|[residual, diagonal, _]| Lane {
+                        residual,
+                        values: &[0.0; CHAIN],
+                        diagonal,
+                        step: 1.0,
+                    })
+                    .collect();
+                let search = Search {
+                    trellis: &trellis,
+                    lanes: &lanes,
                     coupling: None,
-                    diagonal,
-                    residual: std::array::from_fn(|s| -diagonal[s] * targets[s]),
-                    values: [0.0; CHAIN],
-                    step: 1.0,
                     exists,
                 };
-                let cost = |codes: &[u8; CHAIN]| -> f32 {
-                    trellis
-                        .chain_values(codes)
-                        .iter()
-                        .enumerate()
-                        .filter(|(s, _)| exists[*s])
-                        .map(|(s, v)| diagonal[s] * ((v - targets[s]).powi(2) - targets[s].powi(2)))
-                        .sum()
-                };
-                let found = search(&trellis, &chain);
-                let mut best = f32::INFINITY;
-                for path in 0..1usize << (4 * bits) {
-                    let codes = std::array::from_fn(|s| {
-                        if exists[s] {
-                            (path >> (bits * s) & ((1 << bits) - 1)) as u8
-                        } else {
-                            0
-                        }
-                    });
-                    best = best.min(cost(&codes));
+                for (found, [_, diagonal, targets]) in dispatch(search).iter().zip(&chains) {
+                    let cost = |codes: &[u8; CHAIN]| -> f32 {
+                        let values = trellis.chain_values(codes).into_iter().enumerate().take(4);
+                        values
+                            .map(|(s, v)| diagonal[s] * ((v - targets[s]).powi(2) - targets[s].powi(2)))
+                            .sum()
+                    };
+                    let mut best = f32::INFINITY;
+                    for path in 0..1usize << (4 * bits) {
+                        let code = |s: usize| (path >> (bits * s) & ((1 << bits) - 1)) as u8;
+                        best = best.min(cost(&std::array::from_fn(
+                            |s| if exists[s] { code(s) } else { 0 },
+                        )));
+                    }
+                    // 4 terms of magnitude below 10.
+                    assert!((cost(found) - best).abs() < 1e-4, "{bits} bits, seed {seed}");
+                    assert!(found[4..].iter().all(|&code| code == 0));
                 }
-                // 4 terms of magnitude below 10.
-                assert!((cost(&found) - best).abs() < 1e-4, "{bits} bits, seed {seed}");
             }
         }
     }
 
+    /// Chains side by side do not see each other, and arrays find what this CPU's registers find.
     #[test]
-    fn an_answer_lowers_the_potential_until_nobody_gains() {
+    fn every_instruction_set_finds_the_same_paths_alone_and_together() {
         for bits in 2..=6usize {
-            let trellis = Trellis::new(bits, random(TABLE, 7).try_into().unwrap());
-            let root = random(CHAIN * CHAIN, 8);
+            let trellis = Trellis::new(bits, random(bits as u64));
+            let root: [[f32; CHAIN]; CHAIN] = std::array::from_fn(|i| random(40 + i as u64));
             let h: Matrix = std::array::from_fn(|i| {
-                std::array::from_fn(|j| {
-                    (0..CHAIN)
-                        .map(|k| root[i * CHAIN + k] * root[j * CHAIN + k])
-                        .sum()
-                })
+                std::array::from_fn(|j| root[i].iter().zip(&root[j]).map(|(a, b)| a * b).sum())
             });
-            let target = random(CHAIN, 9);
-            let mut codes = [0u8; CHAIN];
-            let potential = |codes: &[u8; CHAIN]| -> (f32, [f32; CHAIN]) {
-                let delta: Vec<f32> = trellis
-                    .chain_values(codes)
-                    .iter()
-                    .zip(&target)
-                    .map(|(v, t)| v - t)
-                    .collect();
-                let residual: [f32; CHAIN] =
-                    std::array::from_fn(|i| h[i].iter().zip(&delta).map(|(h, d)| h * d).sum());
-                (delta.iter().zip(&residual).map(|(d, r)| d * r).sum(), residual)
+            let diagonal = std::array::from_fn(|s| h[s][s]);
+            let chains: Vec<[[f32; CHAIN]; 2]> = (0..Abreast::chains(bits) as u64)
+                .map(|chain| [random::<CHAIN>(500 + chain).map(|v| 9.0 * v), random(900 + chain)])
+                .collect();
+            let lanes: Vec<Lane<'_>> = chains
+                .iter()
+                .enumerate()
+                .map(|(i, [residual, values])| Lane {
+                    residual,
+                    values,
+                    diagonal: &diagonal,
+                    step: 0.5 + i as f32 * 0.1,
+                })
+                .collect();
+            let search = |lanes| Search {
+                trellis: &trellis,
+                lanes,
+                coupling: Some(&h),
+                exists: [true; CHAIN],
             };
-            let mut last = potential(&codes).0;
-            for round in 0.. {
-                let chain = Chain {
-                    coupling: Some(&h),
-                    diagonal: std::array::from_fn(|s| h[s][s]),
-                    residual: potential(&codes).1,
-                    values: trellis.chain_values(&codes),
-                    step: 1.0,
-                    exists: [true; CHAIN],
-                };
-                if respond(&trellis, chain, &mut codes, round < 3, 1e-3) == 0 {
-                    break;
-                }
-                let now = potential(&codes).0;
-                assert!(
-                    now < last && round < 50,
-                    "{bits} bits, round {round}: {last} to {now}"
+            let together = dispatch(search(&lanes));
+            assert_eq!(together, search(&lanes).run(Plain), "{bits} bits");
+            for (i, path) in together.iter().enumerate() {
+                assert_eq!(
+                    dispatch(search(&lanes[i..=i]))[0],
+                    *path,
+                    "{bits} bits, chain {i}"
                 );
-                last = now;
-            }
-            for (s, code) in (0..CHAIN).flat_map(|s| (0..1u8 << bits).map(move |c| (s, c))) {
-                let mut other = codes;
-                other[s] = code;
-                assert!(potential(&other).0 > last * 0.99, "{bits} bits: code {s} gains");
             }
         }
     }
