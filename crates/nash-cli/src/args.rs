@@ -135,11 +135,11 @@ pub(crate) enum Work {
     Least,
     /// Scalar codebooks, a market with few measurements, few sweeps
     Quick,
-    /// Trellis codebooks, a market with few measurements
+    /// Trellis codebooks, a market with few measurements, layers that make up for errors before them
     Short,
     /// Everything that pays
     Normal,
-    /// Also what takes long: a swarm refines the market, layers make up for errors before them, norms and biases are tuned
+    /// Also what takes long: a swarm refines the market, norms and biases are tuned
     Thorough,
 }
 

@@ -77,7 +77,11 @@ impl Feed {
                 } = scratch;
                 let input = Input::with_buffer(normed, d, std::mem::take(&mut buffers.activations));
                 cx.tap.input(cx.layer, Site::MlpIn, normed, input.tokens(), d);
-                mlp.forward(cx, Site::MlpDown, input, buffers, out);
+                if cx.tap.wants_more() {
+                    mlp.forward(cx, Site::MlpDown, input, buffers, out);
+                } else {
+                    buffers.activations = input.into_buffer();
+                }
             }
             Self::Experts(experts) => experts.forward(cx, d, scratch),
         }
@@ -119,6 +123,10 @@ impl Mlp {
         };
         let width = inner.len() / tokens.max(1);
         cx.tap.input(cx.layer, down, inner, tokens, width);
+        if !cx.tap.wants_more() {
+            buffers.activations = activations;
+            return;
+        }
         let input = Input::with_buffer(inner, width, activations);
         cx.weights.project(&self.down, &input, out);
         buffers.activations = input.into_buffer();

@@ -61,7 +61,7 @@ impl Layer {
         self.feed.for_each_float(visit);
     }
 
-    /// `x [T, d]` in place; keys and values of positions `start..start + T` go into the cache.
+    /// `x [T, d]` in place; keys and values of positions `start..start + T` go into the cache. Ends where the tap wants no more.
     pub(crate) fn forward(
         &self,
         call: &Call<'_>,
@@ -74,6 +74,10 @@ impl Layer {
         let mut scratch = std::mem::take(&mut cache.scratch);
         self.before(config, &self.attn_norm, x, &mut scratch);
         self.attention(call, cx, cache, &mut scratch);
+        if !cx.tap.wants_more() {
+            cache.scratch = scratch;
+            return Ok(());
+        }
         self.after(
             config,
             &self.attn_norm,
@@ -138,6 +142,10 @@ impl Layer {
         let input = Input::with_buffer(normed, d, std::mem::take(&mut mlp.activations));
         let tokens = input.tokens();
         cx.tap.input(cx.layer, Site::AttnIn, normed, tokens, d);
+        if !cx.tap.wants_more() {
+            mlp.activations = input.into_buffer();
+            return;
+        }
         let projections = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
         cx.weights.project_each(projections, &input);
         let activations = input.into_buffer();
@@ -174,6 +182,10 @@ impl Layer {
         attend(&attention, states, heads);
         cx.tap
             .input(cx.layer, Site::AttnOut, heads, tokens, config.q_dim());
+        if !cx.tap.wants_more() {
+            mlp.activations = activations;
+            return;
+        }
         let input = Input::with_buffer(heads, config.q_dim(), activations);
         cx.weights.project(&self.o, &input, out);
         mlp.activations = input.into_buffer();

@@ -7,6 +7,11 @@ pub trait Tap {
     /// `x [tokens, cols]` goes into all linears of this layer and site, once for all of them. For [`Site::Head`] the
     /// layer is the number of layers. Experts that no token chose are not reported.
     fn input(&mut self, layer: usize, site: Site, x: &[f32], tokens: usize, cols: usize);
+
+    /// Whether it has yet to see something of this layer. Where it has not, a layer may end early and leave its output unfinished.
+    fn wants_more(&self) -> bool {
+        true
+    }
 }
 
 impl Tap for () {

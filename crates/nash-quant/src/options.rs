@@ -103,15 +103,17 @@ pub enum Effort {
     Least,
     /// Scalar codebooks, a market with few measurements, few sweeps.
     Quick,
-    /// Trellis codebooks, a market with few measurements.
+    /// Trellis codebooks, a market with few measurements, layers that make up for the errors before them.
     Short,
     /// Everything that pays.
     #[default]
     Normal,
-    /// Also what pays little for its time: the market refined by a particle swarm, layers that make up for the errors before them, norms and biases
-    /// tuned.
+    /// Also what pays little for its time: the market refined by a particle swarm, norms and biases tuned.
     Thorough,
 }
+
+/// The best share of the drift to make up for (ADR 0015).
+const PROPAGATION: f32 = 0.3;
 
 impl Effort {
     /// All, least first.
@@ -156,12 +158,16 @@ impl Effort {
             },
             Self::Short => CompressOptions {
                 max_sweeps: 8,
+                propagation: PROPAGATION,
                 ..few(options)
             },
-            Self::Normal => options,
+            Self::Normal => CompressOptions {
+                propagation: PROPAGATION,
+                ..options
+            },
             Self::Thorough => CompressOptions {
                 allocation: Allocation::Swarm,
-                propagation: 0.3,
+                propagation: PROPAGATION,
                 tune_epochs: 2,
                 ..options
             },

@@ -180,11 +180,13 @@ struct Cost {
 
 /// Per weight, in `f32` operations of a matrix product that take as long: fitting table and scales and two sweeps, and the sweeps from there to
 /// equilibrium, without the products. Measured on a CPU with AVX-512; with narrower registers both cost more.
-const TRELLIS: [f64; 2] = [45e3, 30e3];
+const TRELLIS: [f64; 2] = [20e3, 14e3];
 /// The same for scalar codebooks, of which every sweep after the draft costs the second number.
 const SCALAR: [f64; 2] = [6e3, 1e3];
 /// Sweeps from a draft to equilibrium.
 const SWEEPS: f64 = 14.0;
+/// Products of every weight with its Hessian, as many as the changes of all sweeps come to: up to the draft, and from there on.
+const PRODUCTS: [f64; 2] = [3.0, 2.5];
 /// Rows on which losses at all widths are computed.
 const SAMPLE_ROWS: f64 = 32.0;
 
@@ -216,8 +218,8 @@ impl Cost {
         let trellis = options.codebook == Codebook::Trellis;
         let [draft, rest] = if trellis { TRELLIS } else { SCALAR };
         let sweeps = SWEEPS.min(options.max_sweeps as f64);
-        let draft = params * draft + 2.0 * product;
-        let solve = params * rest * if trellis { sweeps / SWEEPS } else { sweeps } + sweeps * product;
+        let draft = params * draft + PRODUCTS[0] * product;
+        let solve = params * rest * if trellis { sweeps / SWEEPS } else { sweeps } + PRODUCTS[1] * product;
         let evaluation = |tokens: f64| 2.0 * tokens * params;
         let (mut drafts, mut measure) = (1.0, 0.0);
         if options.method == Method::Nash && options.allocation != Allocation::Uniform {
@@ -241,12 +243,12 @@ impl Cost {
             }
         }
         let tune = options.tune_epochs as f64 * 4.0 * evaluation(tokens);
-        // Moments once more with a product beside the square, a layer run for each of its sites, and solving from the start.
+        // A square and a product per site, targets, and the layers up to each of their sites.
         // States of a second model, what the sites of a layer read, and what one site reads twice more.
         let (propagate, inputs) = if options.propagation > 0.0 {
             let widest = linears.iter().map(|l| l.cols).max().unwrap_or(0);
             let columns = 4 * config.hidden_size + 3 * widest;
-            let operations = 2.5 * calibrate + 5.0 * evaluation(tokens) + draft;
+            let operations = 3.0 * tokens * gram + 3.2 * evaluation(tokens) + 2.0 * product;
             (operations, tokens as u64 * 4 * columns as u64)
         } else {
             (0.0, 0)

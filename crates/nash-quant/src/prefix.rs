@@ -38,13 +38,22 @@ pub(crate) struct Prefix<'a> {
 struct Keep<'a> {
     sites: &'a [Site],
     inputs: BTreeMap<Site, Vec<f32>>,
+    /// The last of them has been seen.
+    seen: bool,
+    /// Whether the layer is of no use after that.
+    ends: bool,
 }
 
 impl Tap for Keep<'_> {
     fn input(&mut self, _: usize, site: Site, x: &[f32], _: usize, _: usize) {
         if self.sites.contains(&site) {
             self.inputs.entry(site).or_default().extend_from_slice(x);
+            self.seen = self.sites.last() == Some(&site);
         }
+    }
+
+    fn wants_more(&self) -> bool {
+        !(self.ends && self.seen)
     }
 }
 
@@ -87,6 +96,8 @@ impl<'a> Prefix<'a> {
         let mut keep = Keep {
             sites: &SITES,
             inputs: BTreeMap::new(),
+            seen: false,
+            ends: false,
         };
         if self.layer < self.source.config().num_layers() {
             for x in &mut self.of_source {
@@ -110,9 +121,12 @@ impl<'a> Prefix<'a> {
         let mut keep = Keep {
             sites: &[site],
             inputs: BTreeMap::new(),
+            seen: false,
+            ends: true,
         };
         for x in &self.of_packed {
             self.cache.reset();
+            keep.seen = false;
             let mut x = x.clone();
             packed.layer_forward(self.layer, &mut x, &mut self.cache, 0, &mut keep)?;
         }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use nash_core::ModelFile;
+use nash_core::hash::Hasher;
 use nash_games::propagation::shifted_targets;
 use nash_games::rounding::Problem;
 use nash_kernels::Width;
@@ -14,7 +15,8 @@ use crate::options::Method;
 use crate::packed::{OwnedPacked, load};
 use crate::prefix::{Moments, Prefix, SITES};
 use crate::session::{Session, Solved};
-use crate::tensor::draft;
+use crate::stored;
+use crate::tensor::Rounded;
 
 /// Called with the number of a linear and the moments of its inputs; may put the linear into the compressed model.
 pub(crate) type Visit<'v> = dyn FnMut(usize, &Moments, &mut Model) -> Result<(), QuantError> + 'v;
@@ -34,21 +36,35 @@ impl Session<'_> {
         self.propagation() > 0.0 && info.layer.is_some() && SITES.contains(&info.site)
     }
 
-    /// Goes through the linears that wait for others, in the order of the forward pass; `packed` has all others.
-    pub(crate) fn each_in_order(&self, packed: &mut Model, visit: &mut Visit<'_>) -> Result<(), QuantError> {
+    /// Goes through those of the linears that wait for others which are `wanted` by number, in the order of the forward pass; `packed` has all others.
+    pub(crate) fn each_in_order(
+        &self,
+        packed: &mut Model,
+        wanted: &dyn Fn(usize) -> bool,
+        visit: &mut Visit<'_>,
+    ) -> Result<(), QuantError> {
         let windows = &self.options.calibration.windows;
         let mut prefix = Prefix::new(&self.model, packed, windows, self.options.damping)?;
         for layer in 0..self.model.config().num_layers() {
             for site in SITES {
                 self.check_cancelled()?;
+                let here = |(_, info): &(usize, &LinearInfo)| (info.layer, info.site) == (Some(layer), site);
+                let linears = self
+                    .linears
+                    .iter()
+                    .enumerate()
+                    .filter(here)
+                    .map(|(index, _)| index);
+                let linears: Vec<usize> = linears.filter(|&index| wanted(index)).collect();
+                if linears.is_empty() {
+                    continue;
+                }
                 let Some(moments) = prefix.moments(packed, site)? else {
                     continue;
                 };
-                for (index, info) in self.linears.iter().enumerate() {
-                    if (info.layer, info.site) == (Some(layer), site) {
-                        visit(index, &moments, packed)?;
-                        self.progress.advance(1);
-                    }
+                for index in linears {
+                    visit(index, &moments, packed)?;
+                    self.progress.advance(1);
                 }
             }
             prefix.advance(packed)?;
@@ -72,21 +88,34 @@ impl Session<'_> {
     ) -> Result<Vec<Solved>, QuantError> {
         let mut solved: Vec<Option<Solved>> = vec![None; self.linears.len()];
         let mut packed = load(self, source)?;
+        let key = |info: &LinearInfo| self.ordered_key(info, widths);
         for (index, info) in self.linears.iter().enumerate() {
-            if !self.in_order(info) {
-                let found = self.solve(info, widths[index])?;
+            let found = if self.in_order(info) {
+                // What an interrupted run has found already.
+                let known = self.scratch.get_bytes(&key(info))?.filter(|_| self.options.reuse);
+                known.and_then(|bytes| stored::decode(&bytes, info, widths[index]))
+            } else {
+                Some(self.solve(info, widths[index])?)
+            };
+            if let Some(found) = &found {
                 packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
-                solved[index] = Some(found);
                 self.progress.advance(1);
             }
+            solved[index] = found;
         }
-        self.each_in_order(&mut packed, &mut |index, moments, packed| {
-            let info = &self.linears[index];
-            let found = self.solve_towards(info, widths[index], &self.target(info, moments)?, moments)?;
-            packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
-            solved[index] = Some(found);
-            Ok(())
-        })?;
+        let unknown: Vec<bool> = solved.iter().map(Option::is_none).collect();
+        self.each_in_order(
+            &mut packed,
+            &|index| unknown[index],
+            &mut |index, moments, packed| {
+                let info = &self.linears[index];
+                let found = self.solve_towards(info, widths[index], &self.target(info, moments)?, moments)?;
+                self.scratch.put_bytes(&key(info), &stored::encode(&found)?)?;
+                packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
+                solved[index] = Some(found);
+                Ok(())
+            },
+        )?;
         let listed = self.linears.iter().zip(solved);
         let all = listed.map(|(info, found)| {
             found.ok_or_else(|| {
@@ -97,6 +126,16 @@ impl Session<'_> {
             })
         });
         all.collect()
+    }
+
+    /// Solutions in order depend on the widths of all tensors before them.
+    fn ordered_key(&self, info: &LinearInfo, widths: &[Width]) -> String {
+        let mut hasher = Hasher::new();
+        widths
+            .iter()
+            .for_each(|width| hasher.update(&[width.bits() as u8]));
+        hasher.update(&self.propagation().to_le_bytes());
+        format!("ordered-{}-{}", info.name, hasher.finish())
     }
 
     fn solve_towards(
@@ -111,7 +150,9 @@ impl Session<'_> {
             cols: info.cols,
             hessian: &moments.hessian,
         };
-        let rounded = draft(&info.name, problem, self.rounding(width))?;
+        // Targets are near the source's weights, so play goes on from the draft that was judged.
+        let draft = self.draft(info, width)?;
+        let rounded = Rounded::of(draft.matrix.as_ref(), draft.record.sweeps);
         let (matrix, record) = self.settle(info, problem, rounded)?;
         Ok(Solved { matrix, record })
     }

@@ -180,7 +180,7 @@ fn certificates(
             let linear = PackedLinear::new(packed.packed(&info.name)?);
             model.set_linear(&info.name, Arc::new(linear))?;
         }
-        session.each_in_order(&mut model, &mut |index, moments, _| {
+        session.each_in_order(&mut model, &|_| true, &mut |index, moments, _| {
             let info = &session.linears[index];
             certificates[index] = certificate(info, &session.target(info, moments)?, &moments.hessian)?;
             Ok(())

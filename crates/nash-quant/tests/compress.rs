@@ -140,25 +140,31 @@ fn the_file_keeps_to_its_budget_and_loads_and_is_an_equilibrium() -> TestResult 
 
 #[test]
 fn a_stopped_run_resumes_to_the_same_bytes() -> TestResult {
-    resumes_to_the_same_bytes(Sensitivity::Measured)
+    resumes_to_the_same_bytes(Sensitivity::Measured, 0.0)
+}
+
+#[test]
+fn a_stopped_run_in_order_resumes_to_the_same_bytes() -> TestResult {
+    resumes_to_the_same_bytes(Sensitivity::Measured, 0.5)
 }
 
 #[test]
 fn a_stopped_run_with_gradients_resumes_to_the_same_bytes() -> TestResult {
-    resumes_to_the_same_bytes(Sensitivity::Gradient)
+    resumes_to_the_same_bytes(Sensitivity::Gradient, 0.0)
 }
 
-fn resumes_to_the_same_bytes(sensitivity: Sensitivity) -> TestResult {
+fn resumes_to_the_same_bytes(sensitivity: Sensitivity, propagation: f32) -> TestResult {
     let dir = tempfile::tempdir()?;
     let (whole, resumed) = (dir.path().join("whole"), dir.path().join("resumed"));
     let mut options = CompressOptions {
         sensitivity,
+        propagation,
         ..options(feasible(0.5)?)
     };
     run(&whole, &options, &())?;
     options.resume = true;
     let mut stops = 0;
-    for steps in [2, 5, 9, 14, 20, 30, 45] {
+    for steps in [2, 5, 9, 14, 20, 24, 28, 30, 45] {
         match run(&resumed, &options, &StopAfter(AtomicU64::new(steps))) {
             Err(QuantError::Cancelled) => stops += 1,
             Ok(_) => break,

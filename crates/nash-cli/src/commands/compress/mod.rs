@@ -80,7 +80,7 @@ pub(crate) struct Compress {
     /// How it is known what a tensor's rounding costs the whole model
     #[arg(long, value_enum, default_value_t = Losses::Measured)]
     losses: Losses,
-    /// Solve the layers one after the other, each making up for this share (0 to 1) of the errors of those before it [default: 0; 0.3 with thorough effort]
+    /// Solve the layers one after the other, each making up for this share (0 to 1) of the errors of those before it [default: 0.3; 0 below short effort]
     #[arg(long, value_name = "SHARE", value_parser = share)]
     propagate: Option<f32>,
     /// Tune norms and biases to the rounded weights, going over the calibration text N times [default: 0; 2 with thorough
