@@ -9,7 +9,7 @@ use crate::Isa;
 /// Query heads of a kernel.
 const HEADS: usize = 4;
 /// Registers of columns whose sums grow side by side.
-const COLUMNS: usize = 2;
+const COLUMNS: usize = 4;
 
 /// Queries of one to four heads; lengths as in [`super::ByteQuery`].
 #[derive(Clone, Copy)]
@@ -108,7 +108,7 @@ pub(super) trait Sums: Copy {
 }
 
 /// Bytes ahead that keys and values are asked for.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 3072;
 
 /// # Safety
 /// The CPU has the instruction set of `S`; the lengths are those that [`dot`] checks, for `G` heads.
@@ -163,8 +163,8 @@ pub(super) unsafe fn add_of<S: Sums, const G: usize>(
         for at in (0..wide).step_by(COLUMNS * LANES) {
             add_columns::<S, G, COLUMNS>(shape, (weights, values), at, out);
         }
-        if wide < width {
-            add_columns::<S, G, 1>(shape, (weights, values), wide, out);
+        for at in (wide..width).step_by(LANES) {
+            add_columns::<S, G, 1>(shape, (weights, values), at, out);
         }
     }
 }

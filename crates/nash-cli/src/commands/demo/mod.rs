@@ -106,7 +106,7 @@ impl Demo {
             .map(|packed| model::load(&packed.dir, ui))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let windows = eval::windows(&source.tokenizer, text, 512, Some(extent.chunks))?;
-        let mut rows = eval::compare(&source, &loaded, &windows, ui)?;
+        let mut rows = eval::compare(&source, &loaded, (&windows, None), ui)?;
         let models: Vec<&Loaded> = std::iter::once(&source).chain(&loaded).collect();
         rows[0].name = format!("source: {}", source.name());
         for (row, packed) in rows[1..].iter_mut().zip(&packed) {
