@@ -115,7 +115,7 @@ impl<'a> Session<'a> {
         ui: &Ui,
         emit: &mut dyn FnMut(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<Answer> {
-        let tokenizer = &self.loaded.tokenizer;
+        let tokenizer = self.loaded.tokenizer()?;
         let capacity = self.cache.capacity();
         let sampler = Sampler::new(self.params.clone())?;
         // The next answer of a conversation draws other numbers.

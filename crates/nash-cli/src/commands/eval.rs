@@ -75,7 +75,7 @@ impl Eval {
         let Some(first) = reference.as_ref().or(models.first()) else {
             return Ok(());
         };
-        let windows = windows(&first.tokenizer, text, self.ctx, self.chunks)?;
+        let windows = windows(first.tokenizer()?, text, self.ctx, self.chunks)?;
         let rows = match &reference {
             Some(reference) => compare(reference, &models, (&windows, self.kv_type), ui)?,
             None => measure(&models, (&windows, self.kv_type), ui)?,

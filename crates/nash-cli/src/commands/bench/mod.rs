@@ -19,7 +19,8 @@ use crate::{format, interrupt, model};
 
 /// Measure prefill and decode speed, as llama-bench does
 ///
-/// Medians over the repeats; a warm-up comes first and is not counted. The share of bandwidth is the bytes of
+/// Medians over the repeats; `load` is until the weights are mapped, `first token` one pass of one token after that, `from start` the whole
+/// way from the start of the program to the logits of a first token, the tokenizer included; a warm-up comes first and is not counted. The share of bandwidth is the bytes of
 /// weights, keys and values read per second of decode over what plain reads between the repeats reach. Measure on a quiet machine.
 #[derive(Debug, Args)]
 #[command(
@@ -89,6 +90,9 @@ impl Bench {
     fn measure(&self, threads: u16, ui: &Ui) -> anyhow::Result<Row> {
         nash_kernels::pool::set_threads(threads.into())?;
         let loaded = model::load(self.model.path(), ui)?;
+        loaded.tokenizer()?;
+        // From here on a prompt could be read.
+        let ready = crate::START.elapsed().as_secs_f64();
         let options = SpeedOptions {
             prompt_tokens: self.n_prompt,
             generate_tokens: self.n_gen,
@@ -117,10 +121,11 @@ impl Bench {
         Ok(Row {
             name: loaded.name(),
             size: Some(size_report(&loaded.file)?),
-            speed: Some(report),
             load_seconds: Some(loaded.load_seconds),
+            first_answer_seconds: report.first_token_seconds.map(|first| ready + first),
             peak_memory_bytes: peak,
             resident_memory_bytes: resident,
+            speed: Some(report),
             ..Row::default()
         })
     }
@@ -217,6 +222,7 @@ fn print(report: &Report) {
         "resident",
         "load",
         "first token",
+        "from start",
     ]);
     for row in &report.rows {
         let Some(speed) = &row.speed else { continue };
@@ -233,6 +239,7 @@ fn print(report: &Report) {
             row.resident_memory_bytes.map(format::bytes).unwrap_or_default(),
             seconds(row.load_seconds),
             seconds(speed.first_token_seconds),
+            seconds(row.first_answer_seconds),
         ]);
     }
     say!("{table}");
