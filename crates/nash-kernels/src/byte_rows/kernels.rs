@@ -14,8 +14,10 @@ const COLUMNS: usize = 4;
 /// Queries of one to four heads; lengths as in [`super::ByteQuery`].
 #[derive(Clone, Copy)]
 pub(super) struct Heads<'a> {
-    pub(super) codes: &'a [i8],
-    pub(super) sums: &'a [i32],
+    pub(super) high: &'a [i8],
+    pub(super) low: &'a [i8],
+    /// Of the two digits.
+    pub(super) sums: &'a [[i32; 2]],
     pub(super) scales: &'a [f32],
 }
 
@@ -41,10 +43,11 @@ pub(super) fn parts(heads: usize) -> impl Iterator<Item = Range<usize>> {
 /// Scores of some heads at whole blocks of keys.
 pub(super) fn dot(isa: Isa, shape: ByteShape, (queries, keys): (Heads<'_>, ByteRun<'_>), scores: Scores<'_>) {
     let (width, groups) = (shape.width(), shape.groups());
-    let heads = queries.codes.len() / width;
+    let heads = queries.high.len() / width;
     let blocks = keys.codes.len() / (POSITIONS * width);
     assert!(
-        queries.codes.len() == heads * width
+        queries.high.len() == heads * width
+            && queries.low.len() == heads * width
             && queries.sums.len() == heads * groups
             && queries.scales.len() == heads * groups
             && keys.codes.len() == blocks * POSITIONS * width
@@ -107,8 +110,9 @@ pub(super) trait Sums: Copy {
     unsafe fn prefetch(_line: *const u8) {}
 }
 
-/// Bytes ahead that keys and values are asked for.
-const AHEAD: usize = 3072;
+/// Bytes ahead that one line of each block is asked for: a page, so that the CPU's own prefetching, which ends with a page, goes on in the next.
+/// Asking for every line is slower than for none.
+const AHEAD: usize = 4096;
 
 /// # Safety
 /// The CPU has the instruction set of `S`; the lengths are those that [`dot`] checks, for `G` heads.
@@ -125,19 +129,25 @@ pub(super) unsafe fn dot_of<S: Sums, const G: usize>(
         // SAFETY: a block has `width / 4` lines of keys and `groups` times sixteen scales, a head `width` bytes; the instruction set is
         // the caller's promise.
         unsafe {
+            S::prefetch(codes.as_ptr().wrapping_add(AHEAD));
             let mut totals = [S::no_floats(); G];
             for group in 0..groups {
-                let mut sums: [S; G] = std::array::from_fn(|g| S::start(queries.sums[g * groups + group]));
+                let start = |g: usize| queries.sums[g * groups + group].map(|sum| S::start(sum));
+                let mut sums: [[S; 2]; G] = std::array::from_fn(start);
                 for quad in group * (KEY_GROUP / QUAD)..((group + 1) * (KEY_GROUP / QUAD)).min(width / QUAD) {
                     let line = codes.as_ptr().add(quad * LINE);
-                    S::prefetch(line.wrapping_add(AHEAD));
-                    for (g, sums) in sums.iter_mut().enumerate() {
-                        *sums = sums.plus_keys(line, queries.codes.as_ptr().add(g * width + quad * QUAD));
+                    for (g, [high, low]) in sums.iter_mut().enumerate() {
+                        let at = g * width + quad * QUAD;
+                        *high = high.plus_keys(line, queries.high.as_ptr().add(at));
+                        *low = low.plus_keys(line, queries.low.as_ptr().add(at));
                     }
                 }
                 let scales = scales.as_ptr().add(group * POSITIONS);
                 for (g, total) in totals.iter_mut().enumerate() {
-                    *total = sums[g].scaled(scales, queries.scales[g * groups + group], *total);
+                    let [high, low] = sums[g];
+                    *total = high
+                        .joined(low)
+                        .scaled(scales, queries.scales[g * groups + group], *total);
                 }
             }
             for (g, total) in totals.into_iter().enumerate() {
@@ -185,7 +195,9 @@ unsafe fn add_columns<S: Sums, const G: usize, const C: usize>(
         let mut sums = [[[S::zero(); C]; 2]; G];
         for (quad, codes) in values.codes.chunks_exact(QUAD * shape.width()).enumerate() {
             let line = codes.as_ptr().add(QUAD * at);
-            (0..C).for_each(|c| S::prefetch(line.wrapping_add(AHEAD + c * LINE)));
+            if quad.is_multiple_of(POSITIONS / QUAD) {
+                S::prefetch(line.wrapping_add(AHEAD));
+            }
             for (g, sums) in sums.iter_mut().enumerate() {
                 let digit = g * CHUNK + quad * QUAD;
                 for (sums, digits) in sums.iter_mut().zip([weights.high, weights.low]) {

@@ -9,9 +9,9 @@
 //! So four bytes side by side are what a dot product of bytes sums up: for keys the scores of sixteen positions grow in the lanes of a register,
 //! for values the sums of sixteen columns, and nothing is summed across lanes. Columns are padded with zeros to whole blocks of sixteen.
 //!
-//! Scores: the query is quantized as the keys are, products are summed exactly, and `score = Σ_groups f32(S)·(key scale·query scale)`. Values:
-//! per [`CHUNK`] positions the weights times the scales of their values become numbers of 14 bits relative to the largest, in two digits to the
-//! base of 128; sums are exact again. Every rounding is written down here once and nothing is fused, so all instruction sets give the same bits.
+//! Scores: groups of the query become numbers of 15 bits in two digits to the base of 128, products are summed exactly, and
+//! `score = Σ_groups f32(S)·(key scale·query scale)`. Values: per [`CHUNK`] positions the weights times the scales of their values become numbers
+//! of 14 bits relative to the largest, in two digits; sums are exact again. Every rounding is written down here once and nothing is fused, so all instruction sets give the same bits.
 //!
 //! A group that holds a NaN or an infinity gets the scale NaN: bad numbers stay visible.
 

@@ -3,16 +3,17 @@
 use std::ops::Range;
 
 use super::kernels::{self, Heads};
-use super::{ByteRun, ByteShape, CHUNK, KEY_GROUP, POSITIONS, ROUND, quantize};
+use super::{ByteRun, ByteShape, CHUNK, KEY_GROUP, POSITIONS, ROUND, absmax};
 use crate::{Isa, vectorize};
 
 /// Queries `[G, D]` quantized like keys, and what else one token's attention needs; a buffer to be used again and again.
 #[derive(Clone, Debug, Default)]
 pub struct ByteQuery {
-    /// `[G][D]`, padded.
-    codes: Vec<i8>,
-    /// `Σ codes` of a group, `[G][groups]`.
-    sums: Vec<i32>,
+    /// First and second digit to the base of 128, `[G][D]` each, padded.
+    high: Vec<i8>,
+    low: Vec<i8>,
+    /// Sums of the digits of a group, `[G][groups]`.
+    sums: Vec<[i32; 2]>,
     /// With the factor on scores, `[G][groups]`.
     scales: Vec<f32>,
     digits: Digits,
@@ -28,6 +29,8 @@ struct Digits {
 
 /// Largest weight in units: two digits.
 const UNITS: f32 = 16383.0;
+/// Largest magnitude of a query in units: a first digit of 127 and a second one of 0; second digits are in −64..64.
+const QUERY_UNITS: f32 = 127.0 * 128.0;
 
 impl ByteQuery {
     /// Takes in the queries `q [G, D]`; scores will be multiplied by `factor`.
@@ -37,17 +40,22 @@ impl ByteQuery {
     pub fn quantize(&mut self, shape: ByteShape, q: &[f32], factor: f32) {
         assert!(q.len().is_multiple_of(shape.dim()), "whole heads");
         let (heads, width, groups) = (q.len() / shape.dim(), shape.width(), shape.groups());
-        self.codes.clear();
-        self.codes.resize(heads * width, 0);
+        for digits in [&mut self.high, &mut self.low] {
+            digits.clear();
+            digits.resize(heads * width, 0);
+        }
         self.sums.clear();
         self.scales.clear();
-        for (q, codes) in q
-            .chunks_exact(shape.dim())
-            .zip(self.codes.chunks_exact_mut(width))
-        {
-            for (q, codes) in q.chunks(KEY_GROUP).zip(codes.chunks_mut(KEY_GROUP)) {
-                self.scales.push(factor * quantize(q, codes));
-                self.sums.push(codes.iter().map(|&code| i32::from(code)).sum());
+        let digits = self
+            .high
+            .chunks_exact_mut(width)
+            .zip(self.low.chunks_exact_mut(width));
+        for (q, (high, low)) in q.chunks_exact(shape.dim()).zip(digits) {
+            let digits = high.chunks_mut(KEY_GROUP).zip(low.chunks_mut(KEY_GROUP));
+            for (q, (high, low)) in q.chunks(KEY_GROUP).zip(digits) {
+                self.scales.push(factor * digits_of(q, high, low));
+                let sum = |digits: &[i8]| digits.iter().map(|&digit| i32::from(digit)).sum();
+                self.sums.push([sum(high), sum(low)]);
             }
         }
         debug_assert_eq!(self.scales.len(), heads * groups);
@@ -70,7 +78,7 @@ impl ByteQuery {
         scores: &mut [f32],
     ) {
         let (width, groups) = (shape.width(), shape.groups());
-        let heads = self.codes.len() / width;
+        let heads = self.high.len() / width;
         assert_eq!(
             scores.len(),
             heads * blocks.len() * POSITIONS,
@@ -89,7 +97,8 @@ impl ByteQuery {
             };
             for heads in kernels::parts(heads) {
                 let queries = Heads {
-                    codes: &self.codes[heads.start * width..heads.end * width],
+                    high: &self.high[heads.start * width..heads.end * width],
+                    low: &self.low[heads.start * width..heads.end * width],
                     sums: &self.sums[heads.start * groups..heads.end * groups],
                     scales: &self.scales[heads.start * groups..heads.end * groups],
                 };
@@ -153,6 +162,27 @@ impl ByteQuery {
             }
         }
     }
+}
+
+/// Writes a group of a query in two digits; the value of a unit.
+fn digits_of(q: &[f32], high: &mut [i8], low: &mut [i8]) -> f32 {
+    let absmax = absmax(q);
+    let inverse = QUERY_UNITS / absmax;
+    if !absmax.is_finite() {
+        return f32::NAN;
+    }
+    if !inverse.is_finite() {
+        return 0.0;
+    }
+    for ((q, high), low) in q.iter().zip(high).zip(low) {
+        let units = (q * inverse + ROUND)
+            .to_bits()
+            .wrapping_sub(ROUND.to_bits())
+            .cast_signed();
+        *high = ((units + 64) >> 7) as i8;
+        *low = (units - ((units + 64) >> 7 << 7)) as i8;
+    }
+    absmax / QUERY_UNITS
 }
 
 impl Digits {

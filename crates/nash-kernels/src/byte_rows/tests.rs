@@ -104,13 +104,13 @@ proptest! {
         for (g, q) in q.chunks(dim).enumerate() {
             for (p, key) in keys.chunks(dim).enumerate().skip(begin) {
                 let exact: f64 = q.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
-                // A product of two numbers that are each wrong by half a step, and the rounding of a few sums.
+                // A product of two numbers that are each wrong by half a step, that of the query 128 times smaller, and the rounding of a few sums.
                 let bound: f64 = q
                     .chunks(KEY_GROUP)
                     .zip(key.chunks(KEY_GROUP))
                     .map(|(q, k)| {
                         let (a, b) = (largest(q), largest(k));
-                        q.len() as f64 * (half_step(a) * b + half_step(b) * a + half_step(a) * half_step(b))
+                        q.len() as f64 * (half_step(a) / 128.0 * b + half_step(b) * a * (1.0 + 1.0 / 127.0))
                     })
                     .sum();
                 let got = f64::from(expected[g * stride + p - begin]);

@@ -87,7 +87,7 @@ impl Sums for __m512i {
     #[inline(always)]
     unsafe fn prefetch(line: *const u8) {
         // SAFETY: a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
     }
 }
 
@@ -205,6 +205,6 @@ impl Sums for Pair {
     #[inline(always)]
     unsafe fn prefetch(line: *const u8) {
         // SAFETY: a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
     }
 }
