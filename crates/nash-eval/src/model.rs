@@ -10,7 +10,7 @@ use crate::scorer::{Decoder, PrefixScorer, Scorer};
 pub struct ModelScorer<'a> {
     model: &'a Model,
     cache: KvCache,
-    /// Sequences are read token by token.
+    /// The second half of a sequence is read token by token.
     stepwise: bool,
     /// Logits of the last token, `[V]`.
     last: Vec<f32>,
@@ -32,8 +32,8 @@ impl<'a> ModelScorer<'a> {
         }
     }
 
-    /// A scorer that reads [`Scorer::hidden`]'s sequences token by token, as generation does, so that all keys and values come from a cache
-    /// of this type.
+    /// A scorer that reads the first half of [`Scorer::hidden`]'s sequences at once, as a prompt, and the second, which is the one that
+    /// windows score, token by token, so that all its keys and values come from a cache of this type.
     pub fn stepwise(model: &'a Model, kind: KvType) -> Self {
         Self {
             stepwise: true,
@@ -101,10 +101,13 @@ impl Scorer for ModelScorer<'_> {
 
     fn hidden(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EvalError> {
         self.empty_cache(tokens.len());
-        let step = if self.stepwise { 1 } else { tokens.len().max(1) };
-        let mut hidden = Vec::with_capacity(tokens.len() * self.width());
-        for tokens in tokens.chunks(step) {
-            hidden.extend(self.read_on(tokens)?);
+        if !self.stepwise {
+            return self.read_on(tokens);
+        }
+        let (prompt, answer) = tokens.split_at(tokens.len() / 2);
+        let mut hidden = self.read_on(prompt)?;
+        for token in answer.chunks(1) {
+            hidden.extend(self.read_on(token)?);
         }
         Ok(hidden)
     }

@@ -271,7 +271,12 @@ impl Attend<'_> {
         query.quantize(shape, q, self.config.scale);
         query.scores(shape, k, blocks.clone(), scores);
         let begin = blocks.start * POSITIONS;
-        for (row, scores) in scores.chunks_exact_mut(blocks.len() * POSITIONS).enumerate() {
+        let per_query = q
+            .chunks_exact(dim)
+            .zip(scores.chunks_exact_mut(blocks.len() * POSITIONS));
+        for (row, (q, scores)) in per_query.enumerate() {
+            let shift = self.config.scale * dense::dot(q, cache.base(head));
+            scores.iter_mut().for_each(|score| *score += shift);
             rows.absorb(row, dim, keys.start - begin..keys.end - begin, softcap, scores);
         }
         query.add_values(shape, (v, keys), scores, rows.o);

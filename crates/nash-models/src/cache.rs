@@ -41,13 +41,13 @@ pub struct KvCache {
 #[derive(Debug)]
 enum LayerCache {
     /// Bits of f16.
-    Half {
-        k: Vec<u16>,
-        v: Vec<u16>,
-    },
+    Half { k: Vec<u16>, v: Vec<u16> },
     Bytes {
         k: Bytes,
         v: Bytes,
+        /// What keys are stored relative to, `[kv_heads·head_dim]`: the mean of those of the first call. Keys of some models (Qwen 2) have
+        /// channels with a large constant, which would take all the steps of a byte. It shifts all scores of a query alike.
+        base: Vec<f32>,
     },
 }
 
@@ -82,6 +82,7 @@ impl KvCache {
             KvType::Q8 => LayerCache::Bytes {
                 k: bytes(shape.key_scales(capacity)),
                 v: bytes(shape.value_scales(capacity)),
+                base: vec![0.0; config.kv_dim()],
             },
         };
         Self {
@@ -206,10 +207,20 @@ impl KvCache {
                     }
                 }
             }
-            LayerCache::Bytes { k: keys, v: values } => {
+            LayerCache::Bytes {
+                k: keys,
+                v: values,
+                base,
+            } => {
                 let shape = ByteShape::new(dim);
+                if start == 0 {
+                    *base = mean(k, width);
+                }
+                let mut k = k.to_vec();
+                k.chunks_exact_mut(width)
+                    .for_each(|key| key.iter_mut().zip(&*base).for_each(|(k, base)| *k -= base));
                 keys.store(
-                    (start, k),
+                    (start, &k),
                     (dim, width),
                     shape.key_scales(capacity),
                     ByteShape::store_key,
@@ -233,14 +244,23 @@ impl KvCache {
                 run: self.capacity * self.head_dim,
                 head_dim: self.head_dim,
             }),
-            LayerCache::Bytes { k, v } => CachedLayer::Bytes(ByteLayer {
+            LayerCache::Bytes { k, v, base } => CachedLayer::Bytes(ByteLayer {
                 k,
                 v,
+                base,
                 heads: self.kv_heads,
                 shape: ByteShape::new(self.head_dim),
             }),
         }
     }
+}
+
+/// The mean of rows `[T, width]`.
+fn mean(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut mean = crate::math::column_sums(rows, width);
+    let tokens = (rows.len() / width).max(1) as f32;
+    mean.iter_mut().for_each(|sum| *sum /= tokens);
+    mean
 }
 
 impl Bytes {
@@ -318,6 +338,7 @@ impl HalfLayer<'_> {
 pub(crate) struct ByteLayer<'a> {
     k: &'a Bytes,
     v: &'a Bytes,
+    base: &'a [f32],
     heads: usize,
     shape: ByteShape,
 }
@@ -327,6 +348,11 @@ impl ByteLayer<'_> {
         let positions = first..first + k.len() / self.shape.dim();
         let (keys, values) = self.runs(head);
         self.shape.read_keys(keys, positions.clone(), k);
+        for key in k.chunks_exact_mut(self.shape.dim()) {
+            key.iter_mut()
+                .zip(self.base(head))
+                .for_each(|(k, base)| *k += base);
+        }
         self.shape.read_values(values, positions, v);
     }
 
@@ -335,7 +361,12 @@ impl ByteLayer<'_> {
         self.shape
     }
 
-    /// Keys and values of a head, from position 0 on.
+    /// What the keys of a head are stored relative to, `[head_dim]`.
+    pub(crate) fn base(&self, head: usize) -> &[f32] {
+        &self.base[head * self.shape.dim()..(head + 1) * self.shape.dim()]
+    }
+
+    /// Keys, relative to [`Self::base`], and values of a head, from position 0 on.
     pub(crate) fn runs(&self, head: usize) -> (ByteRun<'_>, ByteRun<'_>) {
         (self.k.run(head, self.heads), self.v.run(head, self.heads))
     }

@@ -47,8 +47,8 @@ pub(crate) struct Eval {
     /// Windows to measure [default: all of the text]
     #[arg(long, value_name = "N")]
     chunks: Option<usize>,
-    /// Read the models token by token, as generation does, from a KV cache of this type [default: whole windows at once, which no
-    /// cache is read for]
+    /// Read the scored half of a window token by token, as generation does, from a KV cache of this type [default: whole windows at
+    /// once, which no cache is read for]
     #[arg(long, visible_alias = "ctk", value_name = "TYPE")]
     kv_type: Option<KvName>,
     #[command(flatten)]
