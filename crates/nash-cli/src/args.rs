@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
-use nash_models::SamplingParams;
+use nash_models::{KvType, SamplingParams};
 use nash_quant::Effort;
 
 use crate::commands;
@@ -126,6 +126,38 @@ impl Threads {
     pub(crate) fn apply(self) -> anyhow::Result<()> {
         Ok(nash_kernels::pool::set_threads(self.threads.unwrap_or(0).into())?)
     }
+}
+
+/// Names of the types of a KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvName {
+    /// In half precision
+    F16,
+    /// 8 bits: half the memory, faster in long contexts
+    Q8,
+}
+
+impl From<KvName> for KvType {
+    fn from(name: KvName) -> Self {
+        match name {
+            KvName::F16 => Self::F16,
+            KvName::Q8 => Self::Q8,
+        }
+    }
+}
+
+/// The KV cache of a command that generates.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct KvArg {
+    /// How keys and values are stored
+    #[arg(
+        long,
+        visible_alias = "ctk",
+        value_name = "TYPE",
+        default_value = "q8",
+        env = "NASHSWARM_KV_TYPE"
+    )]
+    pub(crate) kv_type: KvName,
 }
 
 /// Names of the efforts.

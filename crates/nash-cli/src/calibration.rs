@@ -56,7 +56,7 @@ pub(crate) fn calibration(
         Source::File(path) => (model::read_text(path)?, path.display().to_string()),
         Source::Model => return write_itself(loaded, tokens, seed, ui),
     };
-    let windows = spread(&loaded.tokenizer, &text, tokens, seed)?;
+    let windows = spread(loaded.tokenizer()?, &text, tokens, seed)?;
     Ok(Calibration { windows, description })
 }
 
@@ -92,7 +92,8 @@ fn spread(tokenizer: &Tokenizer, text: &str, wanted: usize, seed: u64) -> anyhow
 /// Text sampled from the model at temperature 1, which follows its own distribution: any language, any domain.
 fn write_itself(loaded: &Loaded, tokens: usize, seed: u64, ui: &Ui) -> anyhow::Result<Calibration> {
     let count = tokens.div_ceil(WINDOW).max(1);
-    let start = loaded.tokenizer.bos().or(loaded.tokenizer.eos()).unwrap_or(0);
+    let tokenizer = loaded.tokenizer()?;
+    let start = tokenizer.bos().or(tokenizer.eos()).unwrap_or(0);
     ui.begin(
         "the model writes its calibration text",
         (count * WINDOW) as u64,

@@ -131,8 +131,8 @@ impl Arena<'_> {
         let text = self.contest.text.as_deref().map(model::read_text).transpose()?;
         let text = text.as_deref().unwrap_or(texts::EVALUATION);
         let (ctx, chunks) = (self.contest.ctx, self.contest.chunks);
-        let windows = eval::windows(&self.source.tokenizer, text, ctx, Some(chunks))?;
-        let mut rows = eval::compare(&self.source, &loaded, &windows, ui)?;
+        let windows = eval::windows(self.source.tokenizer()?, text, ctx, Some(chunks))?;
+        let mut rows = eval::compare(&self.source, &loaded, (&windows, None), ui)?;
         let source = rows.remove(0);
         let outcomes = rows.into_iter().zip(reports).map(|(row, report)| Outcome {
             row: Row {

@@ -8,7 +8,7 @@ use nash_models::{
     StopMatcher,
 };
 
-use crate::args::Sampling;
+use crate::args::{KvArg, KvName, Sampling};
 use crate::model::Loaded;
 use crate::ui::{Ui, Unit};
 use crate::{format, interrupt};
@@ -31,6 +31,8 @@ pub(crate) struct Limits {
         env = "NASHSWARM_CTX"
     )]
     ctx: Option<usize>,
+    #[command(flatten)]
+    kv: KvArg,
 }
 
 impl Limits {
@@ -39,6 +41,7 @@ impl Limits {
         Self {
             predict: Some(tokens),
             ctx: None,
+            kv: KvArg { kv_type: KvName::Q8 },
         }
     }
 
@@ -94,7 +97,8 @@ impl<'a> Session<'a> {
         // Wrong parameters are told before a long prompt is read.
         Sampler::new(params.clone())?;
         let config = loaded.model.config();
-        let cache = KvCache::new(config, limits.context(config.context_length));
+        let capacity = limits.context(config.context_length);
+        let cache = KvCache::with_type(config, capacity, limits.kv.kv_type.into());
         Ok(Self {
             loaded,
             cache,
@@ -111,7 +115,7 @@ impl<'a> Session<'a> {
         ui: &Ui,
         emit: &mut dyn FnMut(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<Answer> {
-        let tokenizer = &self.loaded.tokenizer;
+        let tokenizer = self.loaded.tokenizer()?;
         let capacity = self.cache.capacity();
         let sampler = Sampler::new(self.params.clone())?;
         // The next answer of a conversation draws other numbers.

@@ -21,10 +21,16 @@ mod ui;
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::sync::LazyLock;
+use std::time::Instant;
 
 use clap::Parser;
 
+/// When the program began; what the system did before is not in it.
+pub(crate) static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
 fn main() -> ExitCode {
+    LazyLock::force(&START);
     let cli = args::Cli::parse();
     match prepare(&cli.global).and_then(|()| commands::run(cli.command, &cli.global)) {
         Ok(()) => ExitCode::SUCCESS,

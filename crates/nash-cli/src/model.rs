@@ -1,12 +1,14 @@
 //! Finds and loads what a user named as a model.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use nash_core::ModelFile;
 use nash_models::{Model, ModelConfig};
-use nash_text::Tokenizer;
+use nash_text::{TextError, Tokenizer};
 
 use crate::failure::Hint as _;
 use crate::store::Store;
@@ -17,11 +19,32 @@ pub(crate) struct Loaded {
     /// Where it is.
     pub(crate) path: PathBuf,
     /// Its file or folder.
-    pub(crate) file: ModelFile,
+    pub(crate) file: Arc<ModelFile>,
     pub(crate) model: Model,
-    pub(crate) tokenizer: Tokenizer,
-    /// Seconds to open the file and build the model.
+    tokenizer: Pending,
+    /// Seconds to open the file and build the model; the tokenizer may be on its way still.
     pub(crate) load_seconds: f64,
+}
+
+/// A tokenizer that a thread reads meanwhile.
+struct Pending {
+    ready: OnceLock<Tokenizer>,
+    reading: Mutex<Option<JoinHandle<Result<Tokenizer, TextError>>>>,
+}
+
+impl Pending {
+    fn new(file: &Arc<ModelFile>) -> Self {
+        let file = Arc::clone(file);
+        let read = move || {
+            let tokenizer = Tokenizer::from_model(&file);
+            nash_kernels::heap::release_free_pages();
+            tokenizer
+        };
+        Self {
+            ready: OnceLock::new(),
+            reading: Mutex::new(Some(std::thread::spawn(read))),
+        }
+    }
 }
 
 /// The path of a model: the argument itself if it exists, else a model fetched under that name.
@@ -56,20 +79,14 @@ pub(crate) fn config(file: &ModelFile) -> anyhow::Result<ModelConfig> {
     })
 }
 
-/// Loads a model with its tokenizer.
+/// Loads a model. Its tokenizer is read beside that and by whoever asks for it first waited for.
 pub(crate) fn load(name: &Path, ui: &Ui) -> anyhow::Result<Loaded> {
     ui.begin(&format!("loading {}", name.display()), 0, Unit::Steps);
     let start = Instant::now();
     let (path, file) = open(name)?;
-    let (model, tokenizer) = std::thread::scope(|scope| {
-        let tokenizer = scope.spawn(|| Tokenizer::from_model(&file));
-        (Model::load(&file), tokenizer.join())
-    });
-    let model = model.with_context(|| format!("cannot load {}", path.display()))?;
-    let tokenizer = tokenizer
-        .map_err(|_| anyhow::anyhow!("reading the tokenizer panicked"))?
-        .with_context(|| format!("cannot read the tokenizer of {}", path.display()))?;
-    nash_kernels::heap::release_free_pages();
+    let file = Arc::new(file);
+    let tokenizer = Pending::new(&file);
+    let model = Model::load(&file).with_context(|| format!("cannot load {}", path.display()))?;
     let load_seconds = start.elapsed().as_secs_f64();
     ui.finish();
     Ok(Loaded {
@@ -82,6 +99,26 @@ pub(crate) fn load(name: &Path, ui: &Ui) -> anyhow::Result<Loaded> {
 }
 
 impl Loaded {
+    /// The tokenizer; waits until it is read.
+    pub(crate) fn tokenizer(&self) -> anyhow::Result<&Tokenizer> {
+        let mut reading = self
+            .tokenizer
+            .reading
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(tokenizer) = self.tokenizer.ready.get() {
+            return Ok(tokenizer);
+        }
+        let Some(thread) = reading.take() else {
+            bail!("the tokenizer of {} could not be read", self.path.display());
+        };
+        let tokenizer = thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("reading the tokenizer panicked"))?
+            .with_context(|| format!("cannot read the tokenizer of {}", self.path.display()))?;
+        Ok(self.tokenizer.ready.get_or_init(|| tokenizer))
+    }
+
     /// A short name for tables: that of the file or folder.
     pub(crate) fn name(&self) -> String {
         name(&self.path)

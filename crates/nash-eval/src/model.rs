@@ -1,6 +1,6 @@
 //! Measurements of a [`Model`].
 
-use nash_models::{KvCache, Model, Site};
+use nash_models::{KvCache, KvType, Model, Site};
 
 use crate::EvalError;
 use crate::scorer::{Decoder, PrefixScorer, Scorer};
@@ -10,6 +10,8 @@ use crate::scorer::{Decoder, PrefixScorer, Scorer};
 pub struct ModelScorer<'a> {
     model: &'a Model,
     cache: KvCache,
+    /// The second half of a sequence is read token by token.
+    stepwise: bool,
     /// Logits of the last token, `[V]`.
     last: Vec<f32>,
 }
@@ -17,10 +19,25 @@ pub struct ModelScorer<'a> {
 impl<'a> ModelScorer<'a> {
     /// A scorer of this model; memory for the cache is taken when the length of a sequence is known.
     pub fn new(model: &'a Model) -> Self {
+        Self::with_cache(model, KvType::default())
+    }
+
+    /// [`Self::new`] with a cache of this type. What is read in one call does not come from the cache, except for a single token.
+    pub fn with_cache(model: &'a Model, kind: KvType) -> Self {
         Self {
             model,
-            cache: KvCache::new(model.config(), 0),
+            cache: KvCache::with_type(model.config(), 0, kind),
+            stepwise: false,
             last: Vec::new(),
+        }
+    }
+
+    /// A scorer that reads the first half of [`Scorer::hidden`]'s sequences at once, as a prompt, and the second, which is the one that
+    /// windows score, token by token, so that all its keys and values come from a cache of this type.
+    pub fn stepwise(model: &'a Model, kind: KvType) -> Self {
+        Self {
+            stepwise: true,
+            ..Self::with_cache(model, kind)
         }
     }
 
@@ -46,9 +63,24 @@ impl<'a> ModelScorer<'a> {
         bytes.sum::<f64>() as u64
     }
 
+    /// Bytes of keys and values that one generated token reads on average, when `positions` come before the first of `tokens`.
+    pub fn cache_bytes_per_token(&self, positions: usize, tokens: usize) -> u64 {
+        let config = self.model.config();
+        let bytes = |seen: usize, layer: usize| {
+            let seen = config.window(layer).map_or(seen, |window| window.min(seen));
+            self.cache.bytes_of(seen) / config.num_layers()
+        };
+        let of_token = |token: usize| {
+            (0..config.num_layers())
+                .map(|layer| bytes(positions + token + 1, layer))
+                .sum::<usize>()
+        };
+        (0..tokens).map(of_token).sum::<usize>() as u64 / tokens.max(1) as u64
+    }
+
     fn empty_cache(&mut self, capacity: usize) {
         if self.cache.capacity() < capacity {
-            self.cache = KvCache::new(self.model.config(), capacity);
+            self.cache = KvCache::with_type(self.model.config(), capacity, self.cache.kind());
         }
         self.cache.reset();
     }
@@ -69,9 +101,15 @@ impl Scorer for ModelScorer<'_> {
 
     fn hidden(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EvalError> {
         self.empty_cache(tokens.len());
-        self.model
-            .forward(tokens, &mut self.cache, &mut ())
-            .map_err(EvalError::model)
+        if !self.stepwise {
+            return self.read_on(tokens);
+        }
+        let (prompt, answer) = tokens.split_at(tokens.len() / 2);
+        let mut hidden = self.read_on(prompt)?;
+        for token in answer.chunks(1) {
+            hidden.extend(self.read_on(token)?);
+        }
+        Ok(hidden)
     }
 
     fn logits(&mut self, hidden: &[f32], out: &mut [f32]) -> Result<(), EvalError> {

@@ -192,6 +192,9 @@ pub struct Row {
     /// Seconds to open the file and build the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub load_seconds: Option<f64>,
+    /// From the start of the program to the logits of a first token, with the tokenizer read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_answer_seconds: Option<f64>,
     /// Largest resident size of the process so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_memory_bytes: Option<u64>,

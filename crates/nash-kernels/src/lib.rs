@@ -9,6 +9,7 @@
 //! * [`matmul`]: `y [T, m] = x Wᵀ`, **bit-identical for every thread count and every [`Isa`]** (AVX-512, AVX2, NEON, plain Rust);
 //! * [`matmul_each`]: several of them as one piece of work;
 //! * [`dot_rows`], [`add_rows`]: one token's attention over keys and values in half precision;
+//! * [`ByteShape`], [`ByteQuery`]: the same over keys and values in bytes;
 //! * [`dense`]: float matrix products with results independent of the thread count;
 //! * [`pool`]: the threads behind both;
 //! * [`vectorize`]: plain loops with the registers of the CPU;
@@ -20,6 +21,7 @@
 //! models or files.
 
 mod activations;
+mod byte_rows;
 mod codec;
 pub mod dense;
 mod half_rows;
@@ -31,6 +33,7 @@ pub mod pool;
 mod vectorize;
 
 pub use activations::Activations;
+pub use byte_rows::{ByteQuery, ByteRun, ByteShape, KEY_GROUP, POSITIONS};
 pub use codec::{Unpacked, dequantize_row, pack, unpack};
 pub use half_rows::{add_rows, dot_rows};
 pub use isa::{Isa, IsaError};

@@ -6,17 +6,17 @@
 //! keys are cut into fixed parts instead (flash decoding), merged in a fixed order. So results do not depend on
 //! the number of threads, and a long context costs no memory beyond the cache.
 //!
-//! Positions of this call are read in f32, earlier ones from the f16 cache; with one token everything comes from
-//! the cache. A sink (gpt-oss; Xiao et al. 2023) joins the sum l of its head when the states are merged. Shapes: q `[T, heads·D]`, k and v `[T, kv_heads·D]`, D = head_dim; G = heads/kv_heads query heads share
+//! Positions of this call are read in f32, earlier ones from the cache; with one token everything comes from
+//! the cache, as it is stored. A sink (gpt-oss; Xiao et al. 2023) joins the sum l of its head when the states are merged. Shapes: q `[T, heads·D]`, k and v `[T, kv_heads·D]`, D = head_dim; G = heads/kv_heads query heads share
 //! a key head; a unit's rows are ordered token by token, then by query head.
 
 use std::cell::Cell;
 use std::ops::Range;
 
 use nash_kernels::dense::{self, MatMut, MatRef};
-use nash_kernels::pool;
+use nash_kernels::{ByteQuery, POSITIONS, pool};
 
-use crate::cache::CachedLayer;
+use crate::cache::{ByteLayer, CachedLayer, HalfLayer};
 use crate::config::AttentionConfig;
 use crate::math;
 use crate::scratch::sized;
@@ -73,6 +73,7 @@ struct Buffers {
     k: Vec<f32>,
     v: Vec<f32>,
     scores: Vec<f32>,
+    bytes: ByteQuery,
 }
 
 /// Attention output `[T, heads·D]` into `out`; `states` is scratch.
@@ -97,6 +98,17 @@ pub(crate) fn attend(call: &Attend<'_>, states: &mut Vec<f32>, out: &mut [f32]) 
     });
 }
 
+/// Parts of the visible keys; they begin at multiples of [`PART`], so that every part is whole blocks of a cache of bytes.
+fn parts_of(keys: &Range<usize>) -> usize {
+    keys.end.div_ceil(PART) - keys.start / PART
+}
+
+/// The keys of a part.
+fn part_of(keys: Range<usize>, part: usize) -> Range<usize> {
+    let first = (keys.start / PART + part) * PART;
+    first.max(keys.start)..(first + PART).min(keys.end)
+}
+
 impl Attend<'_> {
     fn plan(&self) -> Plan {
         let a = self.config;
@@ -104,7 +116,7 @@ impl Attend<'_> {
         let group = a.heads / a.kv_heads;
         let unit_tokens = (UNIT_ROWS / group).clamp(1, tokens);
         let parts = if tokens == 1 {
-            self.visible(0..1).len().div_ceil(PART)
+            parts_of(&self.visible(0..1))
         } else {
             1
         };
@@ -135,7 +147,13 @@ impl Attend<'_> {
         let part = unit % plan.parts;
         let tokens = block * plan.unit_tokens..((block + 1) * plan.unit_tokens).min(plan.tokens);
         let rows = tokens.len() * group;
-        let Buffers { q, k, v, scores } = buffers;
+        let Buffers {
+            q,
+            k,
+            v,
+            scores,
+            bytes,
+        } = buffers;
         q.clear();
         for token in tokens.clone() {
             let at = (token * self.config.heads + head * group) * dim;
@@ -154,8 +172,13 @@ impl Attend<'_> {
 
         let keys = self.visible(tokens.clone());
         if plan.tokens == 1 {
-            let first = keys.start + part * PART;
-            return self.absorb_cached(head, first..(first + PART).min(keys.end), q, scores, rows_state);
+            let part = part_of(keys, part);
+            return match &self.cache {
+                CachedLayer::Half(layer) => self.absorb_halves(layer, (head, part), q, scores, rows_state),
+                CachedLayer::Bytes(layer) => {
+                    self.absorb_bytes(layer, (head, part), q, (bytes, scores), rows_state)
+                }
+            };
         }
         // From here on the fresh keys are read.
         let fresh = self.start;
@@ -213,23 +236,50 @@ impl Attend<'_> {
         }
     }
 
-    /// A part of the keys, for the only token: everything comes from the cache as it is stored.
-    fn absorb_cached(
+    /// A part of the keys, for the only token, in half precision.
+    fn absorb_halves(
         &self,
-        head: usize,
-        keys: Range<usize>,
+        cache: &HalfLayer<'_>,
+        (head, keys): (usize, Range<usize>),
         q: &[f32],
         scores: &mut Vec<f32>,
         mut rows: RowStates<'_>,
     ) {
         let (dim, softcap) = (self.config.head_dim, self.config.softcap);
-        let (k, v) = self.cache.rows(head, keys.clone());
+        let (k, v) = cache.rows(head, keys.clone());
         let scores = sized(scores, q.len() / dim * keys.len());
         nash_kernels::dot_rows(q, k, dim, self.config.scale, scores);
         for (row, scores) in scores.chunks_exact_mut(keys.len()).enumerate() {
             rows.absorb(row, dim, 0..keys.len(), softcap, scores);
         }
         nash_kernels::add_rows(scores, v, dim, rows.o);
+    }
+
+    /// The same as bytes.
+    fn absorb_bytes(
+        &self,
+        cache: &ByteLayer<'_>,
+        (head, keys): (usize, Range<usize>),
+        q: &[f32],
+        (query, scores): (&mut ByteQuery, &mut Vec<f32>),
+        mut rows: RowStates<'_>,
+    ) {
+        let (dim, softcap, shape) = (self.config.head_dim, self.config.softcap, cache.shape());
+        let (k, v) = cache.runs(head);
+        let blocks = keys.start / POSITIONS..keys.end.div_ceil(POSITIONS);
+        let scores = sized(scores, q.len() / dim * blocks.len() * POSITIONS);
+        query.quantize(shape, q, self.config.scale);
+        query.scores(shape, k, blocks.clone(), scores);
+        let begin = blocks.start * POSITIONS;
+        let per_query = q
+            .chunks_exact(dim)
+            .zip(scores.chunks_exact_mut(blocks.len() * POSITIONS));
+        for (row, (q, scores)) in per_query.enumerate() {
+            let shift = self.config.scale * dense::dot(q, cache.base(head));
+            scores.iter_mut().for_each(|score| *score += shift);
+            rows.absorb(row, dim, keys.start - begin..keys.end - begin, softcap, scores);
+        }
+        query.add_values(shape, (v, keys), scores, rows.o);
     }
 
     /// Which keys of the block the query at this position sees, relative to the block.
@@ -316,9 +366,9 @@ impl RowStates<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::KvCache;
+    use crate::cache::{KvCache, KvType};
     use crate::config::{ModelConfig, QkNorm};
-    use half::f16;
+    use nash_kernels::{ByteRun, ByteShape};
     use serde_json::json;
 
     /// Numbers in (−1, 1), deterministic.
@@ -334,6 +384,7 @@ mod tests {
     }
 
     struct Setting {
+        kind: KvType,
         heads: usize,
         kv_heads: usize,
         dim: usize,
@@ -356,16 +407,22 @@ mod tests {
             config
         }
 
-        /// The definition, in f64; positions before the call are rounded to f16, and all are if there is one token.
-        fn naive(&self, config: &ModelConfig, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f64> {
+        /// The definition, in f64; positions before the call are as the cache gives them, and all are if there is one token.
+        fn naive(&self, config: &ModelConfig, q: &[f32], fresh: [&[f32]; 2], cache: &KvCache) -> Vec<f64> {
             let (dim, group) = (self.dim, self.heads / self.kv_heads);
-            let read = |x: &[f32], position: usize, head: usize, j: usize| {
-                let value = x[(position * self.kv_heads + head) * dim + j];
-                let cached = position < self.start || self.tokens == 1;
-                f64::from(if cached {
-                    f16::from_f32(value).to_f32()
+            let all = self.start + self.tokens;
+            let cached: Vec<[Vec<f32>; 2]> = (0..self.kv_heads)
+                .map(|head| {
+                    let [mut k, mut v] = [vec![0.0; all * dim], vec![0.0; all * dim]];
+                    cache.layer(0).read(head, 0, &mut k, &mut v);
+                    [k, v]
+                })
+                .collect();
+            let read = |which: usize, position: usize, head: usize, j: usize| {
+                f64::from(if position < self.start || self.tokens == 1 {
+                    cached[head][which][position * dim + j]
                 } else {
-                    value
+                    fresh[which][(position * self.kv_heads + head) * dim + j]
                 })
             };
             let mut out = Vec::new();
@@ -376,7 +433,7 @@ mod tests {
                     let q = &q[(token * self.heads + head) * dim..][..dim];
                     let scores = (first..=position).map(|p| {
                         let dot: f64 = (0..dim)
-                            .map(|j| f64::from(q[j]) * read(k, p, head / group, j))
+                            .map(|j| f64::from(q[j]) * read(0, p, head / group, j))
                             .sum();
                         let score = dot * f64::from(config.attention.scale);
                         self.softcap
@@ -386,12 +443,28 @@ mod tests {
                     let sink = self.sinks.as_ref().map(|sinks| f64::from(sinks[head]).exp());
                     let total: f64 = weights.iter().sum::<f64>() + sink.unwrap_or(0.0);
                     out.extend((0..dim).map(|j| {
-                        let values = (first..=position).map(|p| read(v, p, head / group, j));
+                        let values = (first..=position).map(|p| read(1, p, head / group, j));
                         weights.iter().zip(values).map(|(w, v)| w * v).sum::<f64>() / total
                     }));
                 }
             }
             out
+        }
+
+        /// Queries that bytes hold without an error, each head for itself.
+        fn on_grid(&self, q: &[f32]) -> Vec<f32> {
+            let shape = ByteShape::new(self.dim);
+            let (mut codes, mut scales) = (vec![0; shape.code_bytes(1)], vec![0.0; shape.key_scales(1)]);
+            let mut rounded = q.to_vec();
+            for head in rounded.chunks_exact_mut(self.dim) {
+                shape.store_key(head, 0, &mut codes, &mut scales);
+                let run = ByteRun {
+                    codes: &codes,
+                    scales: &scales,
+                };
+                shape.read_keys(run, 0..1, head);
+            }
+            rounded
         }
 
         fn check(&self) {
@@ -403,8 +476,9 @@ mod tests {
                 .into_iter()
                 .map(|v| v * 6.0)
                 .collect();
+            let q = self.on_grid(&q);
             let (k, v) = (noise(all * kv, 2), noise(all * kv, 3));
-            let mut cache = KvCache::new(&config, all + 3);
+            let mut cache = KvCache::with_type(&config, all + 3, self.kind);
             cache.store(0, 0, &k, &v);
             let call = Attend {
                 config: &config.attention,
@@ -419,10 +493,14 @@ mod tests {
             let mut out = vec![f32::NAN; self.tokens * width];
             // What a buffer held before must not matter.
             attend(&call, &mut vec![f32::NAN; 100_000], &mut out);
-            for (at, (got, want)) in out.iter().zip(self.naive(&config, &q, &k, &v)).enumerate() {
-                // Values are below 1; a score of up to 6·√dim has an error of 2⁻²⁴ times that and √dim.
+            // Values are below 1; a score of up to 6·√dim has an error of 2⁻²⁴ times that and √dim. Weights for bytes are whole numbers of
+            // 2⁻¹⁴ of the largest of 128, so wrong by half of that at worst, all 128 in one direction.
+            let bytes = self.kind == KvType::Q8 && self.tokens == 1;
+            let bound = if bytes { 2e-5 + 128.0 / 32766.0 } else { 2e-5 };
+            let exact = self.naive(&config, &q, [&k, &v], &cache);
+            for (at, (got, want)) in out.iter().zip(exact).enumerate() {
                 assert!(
-                    (f64::from(*got) - want).abs() < 2e-5,
+                    (f64::from(*got) - want).abs() < bound,
                     "element {at}: {got}, want {want}"
                 );
             }
@@ -447,8 +525,13 @@ mod tests {
                 {
                     // Sinks from lower to higher than any score.
                     let sinks = (0..heads).map(|head| head as f32 * 20.0 - 30.0).collect();
-                    for sinks in [None, Some(sinks)] {
+                    for (sinks, kind) in [
+                        (None, KvType::F16),
+                        (Some(sinks), KvType::F16),
+                        (None, KvType::Q8),
+                    ] {
                         Setting {
+                            kind,
                             heads,
                             kv_heads,
                             dim,

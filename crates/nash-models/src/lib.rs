@@ -45,7 +45,7 @@ mod vocabulary;
 mod weights;
 
 pub use backward::GradientTap;
-pub use cache::KvCache;
+pub use cache::{KvCache, KvType};
 pub use config::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
     NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, Scoring,

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use nash_core::ModelFile;
-use nash_models::{KvCache, Model};
+use nash_models::{KvCache, KvType, Model};
 
 const VARIABLE: &str = "NASH_MODELS_TEST_THREADS";
 const MARK: &str = "digest of the logits: ";
@@ -22,8 +22,13 @@ fn digest() -> u64 {
         let model = Model::load(&ModelFile::open(&folder).unwrap()).unwrap();
         // Longer than the tasks that the work is cut into.
         let tokens: Vec<u32> = (0..60).map(|i| i * 7 % 64).collect();
-        for chunk in [1, 60] {
-            let mut cache = KvCache::new(model.config(), tokens.len());
+        for (chunk, kind) in [
+            (1, KvType::F16),
+            (60, KvType::F16),
+            (1, KvType::Q8),
+            (30, KvType::Q8),
+        ] {
+            let mut cache = KvCache::with_type(model.config(), tokens.len(), kind);
             for tokens in tokens.chunks(chunk) {
                 let hidden = model.forward(tokens, &mut cache, &mut ()).unwrap();
                 let mut out = vec![0.0; tokens.len() * model.config().vocab_size];

@@ -5,11 +5,13 @@ use crate::TextError;
 use crate::pipeline::Source;
 use crate::pretokenizer::PreTokenizer;
 use crate::vocabulary::{Algorithm, Kind, Roles, Vocabulary};
-use serde::Deserialize;
+use serde::de::{self, IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::ErrorKind;
 use std::path::Path;
 use tokenizers::AddedToken;
@@ -156,61 +158,68 @@ fn chat_template(dir: &Path) -> Result<Option<Value>, TextError> {
     Ok(object(&dir.join("chat_template.json"))?.remove("chat_template"))
 }
 
-/// The model of a BPE `tokenizer.json`. Read here rather than by the library, which takes merges on trust and goes over every
-/// token three times; loading takes half as long.
-#[derive(Deserialize)]
-struct Bpe<'a> {
-    #[serde(default)]
+/// The parts of a JSON object, not read yet.
+type Parts<'a> = BTreeMap<Cow<'a, str>, &'a RawValue>;
+
+/// The settings of a BPE model.
+#[derive(Default)]
+struct Settings {
     dropout: Option<f32>,
-    #[serde(default)]
     unk_token: Option<String>,
-    #[serde(default)]
-    continuing_subword_prefix: Option<String>,
-    #[serde(default)]
-    end_of_word_suffix: Option<String>,
-    #[serde(default)]
-    fuse_unk: Option<bool>,
-    #[serde(default)]
-    byte_fallback: Option<bool>,
-    #[serde(default)]
-    ignore_merges: Option<bool>,
-    vocab: Vocab,
-    #[serde(borrow)]
-    merges: Vec<Merge<'a>>,
+    prefix: String,
+    suffix: Option<String>,
+    fuse_unk: bool,
+    byte_fallback: bool,
+    ignore_merges: bool,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Merge<'a> {
-    Pair(#[serde(borrow)] (Cow<'a, str>, Cow<'a, str>)),
-    Line(#[serde(borrow)] Cow<'a, str>),
+/// Two tokens that are joined, written as a pair or as a line with a space between them.
+enum Merge {
+    Pair(String, String),
+    /// A line that is no pair; a comment if it begins with `#version`.
+    Line(String),
+}
+
+impl<'de> Deserialize<'de> for Merge {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Merge;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("two tokens")
+            }
+            fn visit_str<E: de::Error>(self, line: &str) -> Result<Merge, E> {
+                Ok(match line.split_once(' ') {
+                    Some((left, right)) if !line.starts_with("#version") => {
+                        Merge::Pair(left.into(), right.into())
+                    }
+                    _ => Merge::Line(line.into()),
+                })
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut pair: A) -> Result<Merge, A::Error> {
+                match (pair.next_element()?, pair.next_element()?) {
+                    (Some(left), Some(right)) if pair.next_element::<IgnoredAny>()?.is_none() => {
+                        Ok(Merge::Pair(left, right))
+                    }
+                    _ => Err(de::Error::custom("a merge is not of two tokens")),
+                }
+            }
+        }
+        json.deserialize_any(Reader)
+    }
 }
 
 /// The pipeline of a `tokenizer.json`.
 fn pipeline(path: &Path, text: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
-    let wrong = |source| TextError::Json {
-        path: path.to_owned(),
-        source,
-    };
-    let refused = |message| TextError::Tokenizer {
-        file: path.to_owned(),
-        action: "load",
-        message,
-    };
-    #[derive(Deserialize)]
-    struct Kind {
-        #[serde(default, rename = "type")]
-        kind: Option<String>,
-        merges: Option<serde::de::IgnoredAny>,
-    }
-    let mut parts: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_slice(text).map_err(wrong)?;
+    let wrong = |source| wrong(path, source);
+    let refused = |message| refused(path, message);
+    let mut parts: Parts<'_> = serde_json::from_slice(text).map_err(wrong)?;
     let model = parts.get("model").copied().unwrap_or(RawValue::NULL);
-    let kind: Option<Kind> = serde_json::from_str(model.get()).map_err(wrong)?;
-    let is_bpe = kind.is_some_and(|k| k.merges.is_some() && k.kind.is_none_or(|kind| kind == "BPE"));
-    if !is_bpe {
+    let model: Option<Parts<'_>> = serde_json::from_str(model.get()).map_err(wrong)?;
+    let Some(model) = model.filter(is_bpe) else {
         return caught(|| tokenizers::Tokenizer::from_bytes(text)).map_err(refused);
-    }
-    let model = byte_pairs(path, serde_json::from_str(model.get()).map_err(wrong)?)?;
+    };
+    let model = byte_pairs(path, &model)?;
     let added = parts.remove("added_tokens").unwrap_or(RawValue::NULL);
     let added: Option<Vec<AddedToken>> = serde_json::from_str(added.get()).map_err(wrong)?;
     // The library reads what is left around an empty model.
@@ -220,63 +229,134 @@ fn pipeline(path: &Path, text: &[u8]) -> Result<tokenizers::Tokenizer, TextError
     let rest = serde_json::to_vec(&parts).map_err(wrong)?;
     let assemble = || {
         let mut pipeline = tokenizers::Tokenizer::from_bytes(&rest)?;
-        pipeline.with_model(model.build()?);
+        pipeline.with_model(model);
         pipeline.add_tokens(added.unwrap_or_default())?;
         Ok(pipeline)
     };
     caught(assemble).map_err(refused)
 }
 
-/// A BPE model, once every merge is known to join two tokens into a third.
-fn byte_pairs(path: &Path, json: Bpe<'_>) -> Result<BpeBuilder, TextError> {
-    let prefix = json.continuing_subword_prefix.unwrap_or_default();
-    let mut merges = Vec::with_capacity(json.merges.len());
-    let mut joined = String::new();
-    for (rank, merge) in json.merges.into_iter().enumerate() {
-        let pair = match merge {
-            Merge::Pair((left, right)) => Some((left.into_owned(), right.into_owned())),
-            Merge::Line(line) if line.starts_with("#version") => continue,
-            Merge::Line(line) => line
-                .split_once(' ')
-                .map(|(left, right)| (left.to_owned(), right.to_owned())),
+fn wrong(path: &Path, source: serde_json::Error) -> TextError {
+    TextError::Json {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn refused(path: &Path, message: String) -> TextError {
+    TextError::Tokenizer {
+        file: path.to_owned(),
+        action: "load",
+        message,
+    }
+}
+
+fn is_bpe(model: &Parts<'_>) -> bool {
+    let kind = model.get("type").map(|kind| kind.get());
+    model.get("merges").is_some_and(|merges| merges.get() != "null")
+        && kind.is_none_or(|kind| kind == "\"BPE\"" || kind == "null")
+}
+
+/// A part of the model; its default if it is missing or null.
+fn part<'a, T: Deserialize<'a> + Default>(parts: &Parts<'a>, name: &str) -> serde_json::Result<T> {
+    let json = parts.get(name).copied().unwrap_or(RawValue::NULL);
+    Ok(serde_json::from_str::<Option<T>>(json.get())?.unwrap_or_default())
+}
+
+/// A BPE model whose merges each join two tokens into a third. Read here rather than by the library, which goes over every token three
+/// times; vocabulary and merges are read side by side.
+fn byte_pairs(path: &Path, parts: &Parts<'_>) -> Result<BPE, TextError> {
+    let wrong = |source| wrong(path, source);
+    let settings = settings(parts).map_err(wrong)?;
+    let read_merges = || part::<Vec<Merge>>(parts, "merges");
+    let (vocab, merges) = std::thread::scope(|scope| {
+        let merges = scope.spawn(read_merges);
+        (part::<Vocab>(parts, "vocab"), merges.join())
+    });
+    let vocab = vocab.map_err(wrong)?;
+    let merges = merges.unwrap_or_else(|_| read_merges()).map_err(wrong)?;
+    let lines = |merge: &Merge| matches!(merge, Merge::Line(_));
+    // The library takes prefixes on trust; without one, it finds what is wrong, and it is looked for here only then.
+    if !settings.prefix.is_empty() || merges.iter().any(lines) {
+        check_merges(path, &settings.prefix, &vocab, &merges)?;
+    }
+    let pairs = merges.into_iter().filter_map(|merge| match merge {
+        Merge::Pair(left, right) => Some((left, right)),
+        Merge::Line(_) => None,
+    });
+    let builder = settings.apply(BPE::builder().vocab_and_merges(vocab, pairs.collect()));
+    caught(|| builder.build()).map_err(|message| {
+        let again = || {
+            let (vocab, merges) = (part::<Vocab>(parts, "vocab"), read_merges());
+            check_merges(path, "", &vocab.map_err(wrong)?, &merges.map_err(wrong)?)
         };
-        let sound = pair.filter(|(left, right)| {
-            let known = |token: &str| json.vocab.contains_key(token);
-            joined.clear();
-            joined.push_str(left);
-            right
-                .strip_prefix(prefix.as_str())
-                .inspect(|rest| joined.push_str(rest))
-                .is_some_and(|_| [left, right, &joined].into_iter().all(|token| known(token)))
-        });
-        let Some(pair) = sound else {
+        again().err().unwrap_or_else(|| refused(path, message))
+    })
+}
+
+fn settings(parts: &Parts<'_>) -> serde_json::Result<Settings> {
+    Ok(Settings {
+        dropout: part(parts, "dropout")?,
+        unk_token: part(parts, "unk_token")?,
+        prefix: part(parts, "continuing_subword_prefix")?,
+        suffix: part(parts, "end_of_word_suffix")?,
+        fuse_unk: part(parts, "fuse_unk")?,
+        byte_fallback: part(parts, "byte_fallback")?,
+        ignore_merges: part(parts, "ignore_merges")?,
+    })
+}
+
+impl Settings {
+    fn apply(self, mut builder: BpeBuilder) -> BpeBuilder {
+        builder = builder
+            .fuse_unk(self.fuse_unk)
+            .byte_fallback(self.byte_fallback)
+            .ignore_merges(self.ignore_merges);
+        if let Some(dropout) = self.dropout {
+            builder = builder.dropout(dropout);
+        }
+        if let Some(unk) = self.unk_token {
+            builder = builder.unk_token(unk);
+        }
+        if !self.prefix.is_empty() {
+            builder = builder.continuing_subword_prefix(self.prefix);
+        }
+        match self.suffix {
+            Some(suffix) => builder.end_of_word_suffix(suffix),
+            None => builder,
+        }
+    }
+}
+
+/// Looks for the first merge that does not join two tokens into a third.
+fn check_merges(path: &Path, prefix: &str, vocab: &Vocab, merges: &[Merge]) -> Result<(), TextError> {
+    let mut joined = String::new();
+    for (rank, merge) in merges.iter().enumerate() {
+        let sound = match merge {
+            Merge::Pair(left, right) => {
+                joined.clear();
+                joined.push_str(left);
+                right
+                    .strip_prefix(prefix)
+                    .inspect(|rest| joined.push_str(rest))
+                    .is_some_and(|_| {
+                        [left, right, &joined]
+                            .into_iter()
+                            .all(|token| vocab.contains_key(token))
+                    })
+            }
+            Merge::Line(line) => line.starts_with("#version"),
+        };
+        if !sound {
             let problem = format!("has an entry {rank} that does not join two tokens into a third");
             return Err(TextError::Invalid {
                 file: path.to_owned(),
                 key: "model.merges".into(),
                 problem,
             });
-        };
-        merges.push(pair);
+        }
     }
-    let mut builder = BPE::builder()
-        .vocab_and_merges(json.vocab, merges)
-        .fuse_unk(json.fuse_unk.unwrap_or_default())
-        .byte_fallback(json.byte_fallback.unwrap_or_default())
-        .ignore_merges(json.ignore_merges.unwrap_or_default());
-    if let Some(dropout) = json.dropout {
-        builder = builder.dropout(dropout);
-    }
-    if let Some(unk) = json.unk_token {
-        builder = builder.unk_token(unk);
-    }
-    if !prefix.is_empty() {
-        builder = builder.continuing_subword_prefix(prefix);
-    }
-    if let Some(suffix) = json.end_of_word_suffix {
-        builder = builder.end_of_word_suffix(suffix);
-    }
-    Ok(builder)
+    Ok(())
 }
 
 /// GPT-2's two files (GPT-2, OPT): byte-level BPE with GPT-2's pre-tokenizer.

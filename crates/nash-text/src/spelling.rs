@@ -33,41 +33,51 @@ impl Spelling {
     pub(crate) fn new(origin: &Path, pipeline: &tokenizers::Tokenizer) -> Result<Spelling, TextError> {
         let decoder = Decoder::of(origin, pipeline)?;
         let (model, added) = (pipeline.get_model(), pipeline.get_added_tokens_decoder());
+        let mut spelling = Spelling {
+            bytes: Vec::with_capacity(model.get_vocab_size() * 8),
+            ends: vec![0],
+            known: Vec::new(),
+            special: Vec::new(),
+            strips_space: decoder.strips_space,
+        };
         // By number, until all are found: a list of all would be a copy of the whole vocabulary.
         let mut left = model.get_vocab_size();
-        let mut tokens = Vec::with_capacity(left);
-        while left > 0 && tokens.len() < crate::MAX_VOCABULARY {
-            let token = model.id_to_token(tokens.len() as u32);
+        let last_added = added.keys().max().map_or(0, |id| *id as usize + 1);
+        while (left > 0 || spelling.size() < last_added) && spelling.size() < crate::MAX_VOCABULARY {
+            let id = spelling.size() as u32;
+            let token = if left > 0 { model.id_to_token(id) } else { None };
             left -= usize::from(token.is_some());
-            tokens.push(token);
+            let special = match (added.get(&id), &token) {
+                (Some(token), _) => {
+                    decoder.spell_added(&token.content, token.special, &mut spelling.bytes);
+                    Some(token.special)
+                }
+                (None, Some(token)) => {
+                    decoder.spell(token, &mut spelling.bytes);
+                    Some(false)
+                }
+                (None, None) => None,
+            };
+            spelling.known.push(special.is_some());
+            spelling.special.push(special == Some(true));
+            spelling.ends.push(spelling.bytes.len() as u32);
         }
-        let ids = tokens.iter().rposition(Option::is_some).map(|id| id as u32);
-        let last = ids.into_iter().chain(added.keys().copied()).max();
-        let size = last.map_or(0, |id| id as usize + 1);
-        if size == 0 || size > crate::MAX_VOCABULARY {
+        // Numbers beyond what any vocabulary has may be left, and gaps that nothing follows.
+        let beyond = left > 0 || last_added > spelling.size();
+        let size = spelling
+            .known
+            .iter()
+            .rposition(|known| *known)
+            .map_or(0, |last| last + 1);
+        spelling.known.truncate(size);
+        spelling.special.truncate(size);
+        spelling.ends.truncate(size + 1);
+        if size == 0 || beyond {
             return Err(TextError::Invalid {
                 file: origin.to_owned(),
                 key: "vocab".into(),
                 problem: format!("has ids up to {}", size.saturating_sub(1)),
             });
-        }
-        let mut spelling = Spelling {
-            bytes: Vec::with_capacity(size * 8),
-            ends: vec![0],
-            known: vec![false; size],
-            special: vec![false; size],
-            strips_space: decoder.strips_space,
-        };
-        for id in 0..size as u32 {
-            if let Some(token) = added.get(&id) {
-                spelling.known[id as usize] = true;
-                spelling.special[id as usize] = token.special;
-                decoder.spell_added(&token.content, token.special, &mut spelling.bytes);
-            } else if let Some(Some(token)) = tokens.get(id as usize) {
-                spelling.known[id as usize] = true;
-                decoder.spell(token, &mut spelling.bytes);
-            }
-            spelling.ends.push(spelling.bytes.len() as u32);
         }
         Ok(spelling)
     }

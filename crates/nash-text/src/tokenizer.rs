@@ -91,7 +91,6 @@ impl Tokenizer {
             .map(|p| p.with_padding(None))
             .map(|_| ());
         cleared.map_err(|e| source.failed("load", e))?;
-        source.pipeline = compacted(source.pipeline);
         let spelling = Spelling::new(&source.origin, &source.pipeline)?;
         let mut text_only = source.pipeline.get_added_vocabulary().clone();
         text_only.set_encode_special_tokens(true);
@@ -270,13 +269,6 @@ impl Source {
             message: error.to_string(),
         }
     }
-}
-
-/// A copy made on a thread of its own. Reading a file leaves a vocabulary scattered among freed blocks; allocators that keep a heap per
-/// thread (glibc) put the copy together, and can give the rest back.
-fn compacted(pipeline: tokenizers::Tokenizer) -> tokenizers::Tokenizer {
-    let copy = std::thread::scope(|scope| scope.spawn(|| pipeline.clone()).join());
-    copy.unwrap_or(pipeline)
 }
 
 impl Inner {

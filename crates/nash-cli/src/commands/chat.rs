@@ -81,7 +81,7 @@ impl Chat {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
         let loaded = model::load(self.model.path(), ui)?;
-        let template = loaded.tokenizer.chat_template()?;
+        let template = loaded.tokenizer()?.chat_template()?;
         let mut session = Session::new(&loaded, &self.limits, &self.sampling)?;
         let mut messages = opening(self.system.as_deref());
         let mut input = Input::open()?;
@@ -99,7 +99,7 @@ impl Chat {
                 Line::Say(text) => {
                     messages.push(Message::new("user", text));
                     let prompt = template.render(&messages, &RenderOptions::answer())?;
-                    let tokens = loaded.tokenizer.encode_prompt(&prompt, false)?;
+                    let tokens = loaded.tokenizer()?.encode_prompt(&prompt, false)?;
                     let answer = session.answer(&tokens, ui, &mut show);
                     say!("");
                     // A stopped answer stays in the conversation as far as it went.

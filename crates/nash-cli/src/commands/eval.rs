@@ -8,7 +8,7 @@ use nash_eval::report::{Report, Row};
 use nash_eval::{ModelScorer, Scorer, Windows, memory};
 use nash_text::Tokenizer;
 
-use crate::args::{Json, ModelsArg, Threads};
+use crate::args::{Json, KvName, ModelsArg, Threads};
 use crate::model::{self, Loaded};
 use crate::out::say;
 use crate::sizes::size_report;
@@ -47,6 +47,10 @@ pub(crate) struct Eval {
     /// Windows to measure [default: all of the text]
     #[arg(long, value_name = "N")]
     chunks: Option<usize>,
+    /// Read the scored half of a window token by token, as generation does, from a KV cache of this type [default: whole windows at
+    /// once, which no cache is read for]
+    #[arg(long, visible_alias = "ctk", value_name = "TYPE")]
+    kv_type: Option<KvName>,
     #[command(flatten)]
     threads: Threads,
     #[command(flatten)]
@@ -71,10 +75,10 @@ impl Eval {
         let Some(first) = reference.as_ref().or(models.first()) else {
             return Ok(());
         };
-        let windows = windows(&first.tokenizer, text, self.ctx, self.chunks)?;
+        let windows = windows(first.tokenizer()?, text, self.ctx, self.chunks)?;
         let rows = match &reference {
-            Some(reference) => compare(reference, &models, &windows, ui)?,
-            None => measure(&models, &windows, ui)?,
+            Some(reference) => compare(reference, &models, (&windows, self.kv_type), ui)?,
+            None => measure(&models, (&windows, self.kv_type), ui)?,
         };
         let report = Report { rows };
         self.json.write(&report)?;
@@ -98,18 +102,22 @@ pub(crate) fn windows(
     Ok(Windows::new(tokens, ctx, chunks, bos)?)
 }
 
-/// Measures models against a reference, which becomes the first row.
+fn scorer(loaded: &Loaded, kv_type: Option<KvName>) -> ModelScorer<'_> {
+    match kv_type {
+        Some(kind) => ModelScorer::stepwise(&loaded.model, kind.into()),
+        None => ModelScorer::new(&loaded.model),
+    }
+}
+
+/// Measures models against a reference, which becomes the first row and is always read window by window.
 pub(crate) fn compare(
     reference: &Loaded,
     models: &[Loaded],
-    windows: &Windows,
+    (windows, kv_type): (&Windows, Option<KvName>),
     ui: &Ui,
 ) -> anyhow::Result<Vec<Row>> {
     let mut source = ModelScorer::new(&reference.model);
-    let mut scorers: Vec<ModelScorer<'_>> = models
-        .iter()
-        .map(|loaded| ModelScorer::new(&loaded.model))
-        .collect();
+    let mut scorers: Vec<ModelScorer<'_>> = models.iter().map(|loaded| scorer(loaded, kv_type)).collect();
     let mut handles: Vec<&mut dyn Scorer> = scorers
         .iter_mut()
         .map(|scorer| scorer as &mut dyn Scorer)
@@ -129,7 +137,11 @@ pub(crate) fn compare(
 }
 
 /// Perplexity of each model.
-fn measure(models: &[Loaded], windows: &Windows, ui: &Ui) -> anyhow::Result<Vec<Row>> {
+fn measure(
+    models: &[Loaded],
+    (windows, kv_type): (&Windows, Option<KvName>),
+    ui: &Ui,
+) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     for loaded in models {
         ui.begin(
@@ -137,7 +149,7 @@ fn measure(models: &[Loaded], windows: &Windows, ui: &Ui) -> anyhow::Result<Vec<
             windows.count() as u64,
             Unit::Steps,
         );
-        let mut scorer = ModelScorer::new(&loaded.model);
+        let mut scorer = scorer(loaded, kv_type);
         let perplexity = nash_eval::perplexity(&mut scorer, windows, &mut progress(ui))?;
         ui.finish();
         rows.push(Row {

@@ -168,7 +168,7 @@ impl Glue {
 
 /// The answers of a model, by its own tokenizer.
 fn answer(loaded: &Loaded, quiz: &Quiz, ui: &Ui) -> anyhow::Result<Vec<bool>> {
-    let tokenizer = &loaded.tokenizer;
+    let tokenizer = loaded.tokenizer()?;
     let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     let mut encode = |text: &str| {
         let mut ids: Vec<u32> = bos.into_iter().collect();

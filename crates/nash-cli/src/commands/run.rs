@@ -51,7 +51,7 @@ impl Run {
         self.threads.apply()?;
         let prompt = self.prompt()?;
         let loaded = model::load(self.model.path(), ui)?;
-        let tokens = self.tokens(&loaded.tokenizer, &prompt)?;
+        let tokens = self.tokens(loaded.tokenizer()?, &prompt)?;
         let mut session = Session::new(&loaded, &self.limits, &self.sampling)?;
         let answer = session.answer(&tokens, ui, &mut |piece| {
             out::write(format_args!("{piece}"));

@@ -5,12 +5,12 @@ mod routing;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
-use clap::{Args, Subcommand, value_parser};
+use clap::{Args, Subcommand, ValueEnum as _, value_parser};
 use nash_eval::report::{Report, Row};
 use nash_eval::stats::median;
 use nash_eval::{ModelScorer, ReadBandwidth, SpeedOptions, SpeedReport, memory, speed};
 
-use crate::args::{Json, ModelArg};
+use crate::args::{Json, KvArg, KvName, ModelArg};
 use crate::out::say;
 use crate::sizes::size_report;
 use crate::table::table;
@@ -19,8 +19,9 @@ use crate::{format, interrupt, model};
 
 /// Measure prefill and decode speed, as llama-bench does
 ///
-/// Medians over the repeats; a warm-up comes first and is not counted. The share of bandwidth is the weight bytes read
-/// per second of decode over what plain reads between the repeats reach. Measure on a quiet machine.
+/// Medians over the repeats; `load` is until the weights are mapped, `first token` one pass of one token after that, `from start` the whole
+/// way from the start of the program to the logits of a first token, the tokenizer included; a warm-up comes first and is not counted. The share of bandwidth is the bytes of
+/// weights, keys and values read per second of decode over what plain reads between the repeats reach. Measure on a quiet machine.
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
@@ -45,6 +46,8 @@ pub(crate) struct Bench {
     /// Tokens of context before both, not timed
     #[arg(short = 'd', long, value_name = "N", default_value_t = 0)]
     n_depth: usize,
+    #[command(flatten)]
+    kv: KvArg,
     /// Numbers of threads [default: all cores]
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', value_parser = value_parser!(u16).range(1..))]
     threads: Vec<u16>,
@@ -87,6 +90,9 @@ impl Bench {
     fn measure(&self, threads: u16, ui: &Ui) -> anyhow::Result<Row> {
         nash_kernels::pool::set_threads(threads.into())?;
         let loaded = model::load(self.model.path(), ui)?;
+        loaded.tokenizer()?;
+        // From here on a prompt could be read.
+        let ready = crate::START.elapsed().as_secs_f64();
         let options = SpeedOptions {
             prompt_tokens: self.n_prompt,
             generate_tokens: self.n_gen,
@@ -101,10 +107,11 @@ impl Bench {
             bandwidth.pass(options.generate_tokens > 0);
             interrupt::check_measurement()
         };
-        let mut scorer = ModelScorer::new(&loaded.model);
+        let mut scorer = ModelScorer::with_cache(&loaded.model, self.kv.kv_type.into());
         let mut report = speed(&mut scorer, options, &mut tick)?;
         if let Some(rate) = report.decode_tokens_per_second {
-            let bytes = scorer.bytes_per_token();
+            let cache = scorer.cache_bytes_per_token(self.n_depth, self.n_gen);
+            let bytes = scorer.bytes_per_token() + cache;
             report.bytes_per_token = Some(bytes);
             report.bandwidth = bandwidth.median();
             report.bandwidth_share = report.bandwidth.map(|reads| rate * bytes as f64 / reads);
@@ -114,10 +121,11 @@ impl Bench {
         Ok(Row {
             name: loaded.name(),
             size: Some(size_report(&loaded.file)?),
-            speed: Some(report),
             load_seconds: Some(loaded.load_seconds),
+            first_answer_seconds: report.first_token_seconds.map(|first| ready + first),
             peak_memory_bytes: peak,
             resident_memory_bytes: resident,
+            speed: Some(report),
             ..Row::default()
         })
     }
@@ -136,6 +144,7 @@ impl Bench {
                 .args(["--json", "-", "-t", &count.to_string()])
                 .args(["-p", &self.n_prompt.to_string(), "-n", &self.n_gen.to_string()])
                 .args(["-d", &self.n_depth.to_string()])
+                .args(["--kv-type", &name(self.kv.kv_type)])
                 .args(["-r", &self.repetitions.to_string()])
                 .args(ui.is_quiet().then_some("--quiet"))
                 .stderr(Stdio::inherit())
@@ -150,6 +159,13 @@ impl Bench {
         }
         Ok(rows)
     }
+}
+
+/// How a type is written.
+fn name(kind: KvName) -> String {
+    kind.to_possible_value()
+        .map(|value| value.get_name().to_owned())
+        .unwrap_or_default()
 }
 
 /// Passes of plain reads, one after each of the model's.
@@ -206,6 +222,7 @@ fn print(report: &Report) {
         "resident",
         "load",
         "first token",
+        "from start",
     ]);
     for row in &report.rows {
         let Some(speed) = &row.speed else { continue };
@@ -222,6 +239,7 @@ fn print(report: &Report) {
             row.resident_memory_bytes.map(format::bytes).unwrap_or_default(),
             seconds(row.load_seconds),
             seconds(speed.first_token_seconds),
+            seconds(row.first_answer_seconds),
         ]);
     }
     say!("{table}");

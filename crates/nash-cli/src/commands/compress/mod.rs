@@ -328,7 +328,8 @@ pub(crate) fn compress(
     options: &CompressOptions,
     ui: &Ui,
 ) -> anyhow::Result<nash_quant::Report> {
-    let save = |dir: &Path| Ok(loaded.tokenizer.save(dir)?);
+    let tokenizer = loaded.tokenizer()?;
+    let save = |dir: &Path| Ok(tokenizer.save(dir)?);
     let report = nash_quant::compress(&loaded.file, &save, out, options, ui)
         .with_context(|| format!("cannot compress {}", loaded.path.display()))?;
     ui.finish();

@@ -105,8 +105,8 @@ impl Demo {
             .iter()
             .map(|packed| model::load(&packed.dir, ui))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let windows = eval::windows(&source.tokenizer, text, 512, Some(extent.chunks))?;
-        let mut rows = eval::compare(&source, &loaded, &windows, ui)?;
+        let windows = eval::windows(source.tokenizer()?, text, 512, Some(extent.chunks))?;
+        let mut rows = eval::compare(&source, &loaded, (&windows, None), ui)?;
         let models: Vec<&Loaded> = std::iter::once(&source).chain(&loaded).collect();
         rows[0].name = format!("source: {}", source.name());
         for (row, packed) in rows[1..].iter_mut().zip(&packed) {
@@ -174,11 +174,11 @@ impl Demo {
 
     /// The answer to the question; `None` for a model without a chat template.
     fn answer(&self, loaded: &Loaded, extent: &Extent, ui: &Ui) -> anyhow::Result<Option<String>> {
-        let Ok(template) = loaded.tokenizer.chat_template() else {
+        let Ok(template) = loaded.tokenizer()?.chat_template() else {
             return Ok(None);
         };
         let prompt = template.render(&[Message::new("user", &self.prompt)], &RenderOptions::answer())?;
-        let tokens = loaded.tokenizer.encode_prompt(&prompt, false)?;
+        let tokens = loaded.tokenizer()?.encode_prompt(&prompt, false)?;
         let limits = Limits::predict(extent.answer_tokens);
         let mut session = Session::with_params(loaded, &limits, SamplingParams::default())?;
         let answer = session.answer(&tokens, ui, &mut |_| Ok(()))?;
