@@ -1,13 +1,15 @@
 //! Feed-forward blocks: the gated or plain MLP and the mixture of experts with plain top-k routing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nash_kernels::{Activations, dense, pool};
 
+use crate::channels::ChannelSparsity;
 use crate::config::{Activation, MoeConfig, Scoring};
 use crate::linear::Input;
 use crate::manifest::Site;
 use crate::math;
+use crate::routing::{RoutingCall, RoutingPolicy};
 use crate::scratch::{MlpScratch, MoeScratch, Routed, Scratch, sized};
 use crate::tap::Tap;
 use crate::weights::{Projected, Projection, Weights};
@@ -35,6 +37,8 @@ pub(crate) struct Experts {
     pub(crate) shared: Option<Mlp>,
     /// `[d]`.
     pub(crate) shared_gate: Option<Arc<[f32]>>,
+    /// `[experts, d]`: what experts answer that were not chosen.
+    pub(crate) stand_ins: Option<Arc<[f32]>>,
 }
 
 /// What the blocks of one layer need besides their weights.
@@ -42,6 +46,8 @@ pub(crate) struct Context<'a> {
     pub(crate) weights: &'a Weights,
     pub(crate) layer: usize,
     pub(crate) activation: Activation,
+    pub(crate) channels: Option<&'a ChannelSparsity>,
+    pub(crate) routing: Option<&'a Mutex<Box<dyn RoutingPolicy>>>,
     pub(crate) tap: &'a mut dyn Tap,
 }
 
@@ -58,7 +64,11 @@ impl Feed {
                 for mlp in experts.experts.iter_mut().chain(&mut experts.shared) {
                     mlp.for_each_bias(visit);
                 }
-                for float in [&mut experts.correction, &mut experts.shared_gate] {
+                for float in [
+                    &mut experts.correction,
+                    &mut experts.shared_gate,
+                    &mut experts.stand_ins,
+                ] {
                     float.iter_mut().for_each(&mut *visit);
                 }
             }
@@ -111,7 +121,12 @@ impl Mlp {
         let kind = cx.activation;
         let MlpScratch { gate, up, .. } = buffers;
         let inner: &[f32] = if self.gate.is_some() {
+            let sparse = cx.channels.filter(|_| down == Site::MlpDown);
+            let opened = sparse.map_or_else(Vec::new, |_| gate.clone());
             activate_gated(kind, gate, up);
+            if let Some(channels) = sparse {
+                channels.apply(cx.layer, &opened, gate, kind);
+            }
             gate
         } else {
             pool::for_each_chunk(up, CHUNK, |_, up| math::activate(kind, up));
@@ -185,8 +200,24 @@ impl Experts {
                 sized(out, tokens * d).fill(0.0);
             }
         }
+        self.rank(cx, (normed, d), moe);
         self.route(moe);
+        self.stand_in(&moe.routed, d, out);
         self.mix(cx, normed, moe, out);
+    }
+
+    /// Adds to `out [T, d]` the stand-ins of the experts that are not in `routed`.
+    fn stand_in(&self, routed: &[Routed], d: usize, out: &mut [f32]) {
+        let Some(stand_ins) = &self.stand_ins else { return };
+        let mut absent = vec![true; out.len() / d * self.config.experts];
+        for row in routed {
+            absent[row.token * self.config.experts + row.expert] = false;
+        }
+        for (out, absent) in out.chunks_exact_mut(d).zip(absent.chunks_exact(self.config.experts)) {
+            for (_, row) in absent.iter().zip(stand_ins.chunks_exact(d)).filter(|(absent, _)| **absent) {
+                out.iter_mut().zip(row).for_each(|(out, v)| *out += v);
+            }
+        }
     }
 
     /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`.
@@ -305,7 +336,42 @@ impl Experts {
         weights.project_all(&mut products);
     }
 
-    /// Sorts the tokens by expert into `moe.routed`, given the router's logits `moe.scores [T, experts]`.
+    /// Turns the router's logits `moe.scores [T, experts]` into scores, and into `moe.ranks [T, experts]`, by which tokens choose.
+    fn rank(&self, cx: &Context<'_>, (x, width): (&[f32], usize), moe: &mut MoeScratch) {
+        let config = &self.config;
+        let MoeScratch { scores, ranks, .. } = moe;
+        for scores in scores.chunks_exact_mut(config.experts) {
+            match config.scoring {
+                Scoring::Softmax => math::softmax(scores),
+                Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = math::sigmoid(*s)),
+                Scoring::Unit => {}
+            }
+        }
+        // The choice goes by score plus correction, the mixing by the score alone.
+        ranks.clone_from(scores);
+        for ranks in ranks.chunks_exact_mut(config.experts) {
+            if let Some(correction) = &self.correction {
+                ranks
+                    .iter_mut()
+                    .zip(correction.iter())
+                    .for_each(|(rank, c)| *rank += c);
+            }
+            self.close_groups(ranks);
+        }
+        if let Some(policy) = cx.routing {
+            let mut policy = policy.lock().unwrap_or_else(PoisonError::into_inner);
+            policy.rank(RoutingCall {
+                layer: cx.layer,
+                x,
+                width,
+                ranks,
+                experts: config.experts,
+                top_k: config.top_k,
+            });
+        }
+    }
+
+    /// Sorts the tokens by expert into `moe.routed`, given scores and ranks.
     fn route(&self, moe: &mut MoeScratch) {
         let config = &self.config;
         let MoeScratch {
@@ -316,21 +382,8 @@ impl Experts {
             ..
         } = moe;
         routed.clear();
-        for (token, scores) in scores.chunks_exact_mut(config.experts).enumerate() {
-            match config.scoring {
-                Scoring::Softmax => math::softmax(scores),
-                Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = math::sigmoid(*s)),
-            }
-            // The choice goes by score plus correction, the mixing by the score alone.
-            ranks.clear();
-            ranks.extend_from_slice(scores);
-            if let Some(correction) = &self.correction {
-                ranks
-                    .iter_mut()
-                    .zip(correction.iter())
-                    .for_each(|(rank, c)| *rank += c);
-            }
-            self.close_groups(ranks);
+        let rows = scores.chunks_exact(config.experts).zip(ranks.chunks_exact(config.experts));
+        for (token, (scores, ranks)) in rows.enumerate() {
             order.clear();
             order.extend(0..config.experts);
             order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
@@ -344,7 +397,10 @@ impl Experts {
             routed.extend(order.iter().map(|&expert| Routed {
                 expert,
                 token,
-                weight: scores[expert] * scale,
+                weight: match config.scoring {
+                    Scoring::Unit => config.scale,
+                    _ => scores[expert] * scale,
+                },
             }));
         }
         routed.sort_unstable_by_key(|row| (row.expert, row.token));

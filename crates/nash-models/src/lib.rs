@@ -23,6 +23,7 @@
 mod attention;
 mod backward;
 mod cache;
+mod channels;
 mod config;
 mod error;
 mod feed;
@@ -36,6 +37,7 @@ mod model;
 mod names;
 mod norm;
 mod rope;
+mod routing;
 mod sampler;
 mod scratch;
 mod stacked;
@@ -46,8 +48,9 @@ mod weights;
 
 pub use backward::GradientTap;
 pub use cache::KvCache;
+pub use channels::{ChannelRule, ChannelSparsity};
 pub use config::{
-    Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
+    Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig, STORED_KEY,
     NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, Scoring,
     SharedExpert, VocabParts,
 };
@@ -56,6 +59,7 @@ pub use generate::{FinishReason, GenerateOptions, Generator, PREFILL_CHUNK, Prog
 pub use linear::{DenseLinear, FloatLinear, Input, Linear, PackedLinear};
 pub use manifest::{LinearInfo, Site, matrix_name};
 pub use model::Model;
+pub use routing::{RoutingCall, RoutingPolicy};
 pub use sampler::{Sampler, SamplingParams, argmax};
 pub use stop::{StopMatch, StopMatcher};
 pub use tap::Tap;

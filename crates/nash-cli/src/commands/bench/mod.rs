@@ -11,6 +11,7 @@ use nash_eval::stats::median;
 use nash_eval::{ModelScorer, ReadBandwidth, SpeedOptions, SpeedReport, memory, speed};
 
 use crate::args::{Json, ModelArg};
+use crate::experts::{self, Experts};
 use crate::out::say;
 use crate::sizes::size_report;
 use crate::table::table;
@@ -52,6 +53,8 @@ pub(crate) struct Bench {
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
     #[command(flatten)]
+    experts: Experts,
+    #[command(flatten)]
     json: Json,
 }
 
@@ -86,7 +89,8 @@ impl Bench {
     /// Measures with this many threads; 0 for all cores.
     fn measure(&self, threads: u16, ui: &Ui) -> anyhow::Result<Row> {
         nash_kernels::pool::set_threads(threads.into())?;
-        let loaded = model::load(self.model.path(), ui)?;
+        let mut loaded = model::load(self.model.path(), ui)?;
+        let handle = self.experts.apply(&mut loaded)?;
         let options = SpeedOptions {
             prompt_tokens: self.n_prompt,
             generate_tokens: self.n_gen,
@@ -118,6 +122,7 @@ impl Bench {
             load_seconds: Some(loaded.load_seconds),
             peak_memory_bytes: peak,
             resident_memory_bytes: resident,
+            experts: handle.map(|handle| handle.read()),
             ..Row::default()
         })
     }
@@ -137,6 +142,7 @@ impl Bench {
                 .args(["-p", &self.n_prompt.to_string(), "-n", &self.n_gen.to_string()])
                 .args(["-d", &self.n_depth.to_string()])
                 .args(["-r", &self.repetitions.to_string()])
+                .args(self.experts.arguments())
                 .args(ui.is_quiet().then_some("--quiet"))
                 .stderr(Stdio::inherit())
                 .output()?;
@@ -225,6 +231,9 @@ fn print(report: &Report) {
         ]);
     }
     say!("{table}");
+    for row in &report.rows {
+        row.experts.iter().for_each(|used| experts::print(&row.name, used));
+    }
 }
 
 /// Median with the range of the repeats.
