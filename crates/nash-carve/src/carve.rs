@@ -4,9 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use nash_games::market::{Player, clear_market};
-use nash_models::{
-    KvCache, Model, ModelConfig, MoeConfig, NormPlacement, Scoring, SharedExpert, Site, Tap,
-};
+use nash_models::{KvCache, Model, ModelConfig, MoeConfig, Scoring, SharedExpert, Site, Tap};
 use rayon::prelude::*;
 
 use crate::CarveError;
@@ -39,19 +37,25 @@ pub fn carve(
     let division = options.division(f)?;
     let tokens: usize = options.windows.iter().map(Vec::len).sum();
     if tokens < LEAST_TOKENS {
-        return Err(CarveError::TooShort { tokens, least: LEAST_TOKENS });
+        return Err(CarveError::TooShort {
+            tokens,
+            least: LEAST_TOKENS,
+        });
     }
     let windows = &options.windows;
-    let top_k = if options.market {
-        profile(model, division, options, &mut |done| progress(done, 2 * config.num_layers()))?
+    // Where all experts are active there is nothing to divide, and nothing to measure.
+    let (top_k, losses) = if options.market && division.top_k < division.experts {
+        profile(model, division, options, progress)?
     } else {
-        vec![division.top_k; config.num_layers()]
+        (vec![division.top_k; config.num_layers()], Vec::new())
     };
     let mut walk = Walk::new(model, windows)?;
     let mut layers = Vec::with_capacity(config.num_layers());
     for (layer, &top_k) in top_k.iter().enumerate() {
-        let carved = walk.carve(Division { top_k, ..division }, options)?;
-        layers.push(Carved { lost: Vec::new(), ..carved });
+        let mut carved = walk.carve(Division { top_k, ..division }, options)?;
+        carved.lost = Vec::new();
+        carved.report.kl = losses.get(layer).copied();
+        layers.push(carved);
         if !progress(layer + 1, config.num_layers()) {
             return Err(CarveError::Cancelled);
         }
@@ -71,7 +75,6 @@ pub fn carve(
             gated: false,
         }),
         bias: false,
-        stand_ins: options.stand_ins,
     });
     for (layer, &k) in carved.layers.iter_mut().zip(&top_k) {
         layer.experts = true;
@@ -81,11 +84,14 @@ pub fn carve(
         experts: division.experts,
         width: division.width,
         shared: division.shared,
-        top_k: division.top_k,
         active: (division.shared as f64
             + top_k.iter().sum::<usize>() as f64 / top_k.len() as f64 * division.width as f64)
             / f as f64,
         layers: layers.iter().map(|layer: &Carved| layer.report.clone()).collect(),
+        max_regret: layers
+            .iter()
+            .map(|layer| layer.report.max_regret)
+            .fold(0.0, f64::max),
         tokens,
         seconds: start.elapsed().as_secs_f64(),
     };
@@ -118,42 +124,51 @@ fn profile(
     model: &Model,
     division: Division,
     options: &CarveOptions,
-    progress: &mut dyn FnMut(usize) -> bool,
-) -> Result<Vec<usize>, CarveError> {
+    progress: &mut Progress<'_>,
+) -> Result<(Vec<usize>, Vec<f64>), CarveError> {
     let quick = CarveOptions {
-        refit: None,
-        router_rounds: 2,
+        router_rounds: 1,
         ..options.clone()
     };
     let step = options.windows.len().div_ceil(8).max(1);
     let windows: Vec<Vec<u32>> = options.windows.iter().step_by(step).cloned().collect();
     let mut walk = Walk::new(model, &windows)?;
-    walk.follow = false;
-    let reference = walk.logits(0, MARKET_WINDOWS, &walk.dense)?;
-    let mut players = Vec::new();
+    let reference = walk.logits(0, &walk.states)?;
+    let (mut players, mut losses) = (Vec::new(), Vec::new());
     for layer in 0..model.config().num_layers() {
         let carved = walk.carve(division, &quick)?;
-        let mut states = walk.dense.clone();
+        let mut states = walk.states[..MARKET_WINDOWS.min(walk.states.len())].to_vec();
         let mut lost = &carved.lost[..];
         for x in &mut states {
             let (own, rest) = lost.split_at(x.len());
             x.iter_mut().zip(own).for_each(|(x, l)| *x -= l);
             lost = rest;
         }
-        let logits = walk.logits(layer + 1, MARKET_WINDOWS, &states)?;
+        let logits = walk.logits(layer + 1, &states)?;
         let kl = divergence(&reference, &logits, model.config().vocab_size);
+        losses.push(kl);
+        // Rounding errors must not make an expert worthless.
+        let kl = kl.max(1e-9);
         let left = |k: usize| 1.0 - carved.kept[k];
         let choices = (1..=division.experts)
-            .map(|k| ((k * division.width) as u64, kl * left(k) / left(division.top_k).max(1e-9)))
+            .map(|k| {
+                (
+                    (k * division.width) as u64,
+                    kl * left(k) / left(division.top_k).max(1e-9),
+                )
+            })
             .collect();
         players.push(Player { choices });
-        if !progress(layer + 1) {
+        if !progress(layer + 1, model.config().num_layers()) {
             return Err(CarveError::Cancelled);
         }
     }
     let budget = (players.len() * division.top_k * division.width) as u64;
     let outcome = clear_market(&players, budget)?;
-    Ok(outcome.chosen.into_iter().map(|choice| choice + 1).collect())
+    Ok((
+        outcome.chosen.into_iter().map(|choice| choice + 1).collect(),
+        losses,
+    ))
 }
 
 /// Mean `KL(p ‖ q)` of logits `[T, V]`.
@@ -176,16 +191,13 @@ fn divergence(p: &[f32], q: &[f32], vocab: usize) -> f64 {
     each.iter().sum::<f64>() / each.len().max(1) as f64
 }
 
-/// The dense model and the carved one side by side, layer by layer.
+/// The dense model, layer by layer.
 struct Walk<'a> {
     model: &'a Model,
     layer: usize,
     cache: KvCache,
     /// Hidden states per window, `[T, d]`.
-    dense: Vec<Vec<f32>>,
-    carved: Vec<Vec<f32>>,
-    /// Whether later layers see what the carved ones before compute.
-    follow: bool,
+    states: Vec<Vec<f32>>,
 }
 
 impl<'a> Walk<'a> {
@@ -201,31 +213,18 @@ impl<'a> Walk<'a> {
             model,
             layer: 0,
             cache: KvCache::new(model.config(), longest),
-            carved: states.clone(),
-            dense: states,
-            follow: model.config().norm.placement == NormPlacement::Before,
+            states,
         })
     }
 
     /// Carves the present layer and goes on to the next.
     fn carve(&mut self, division: Division, options: &CarveOptions) -> Result<Carved, CarveError> {
         let config = self.model.config();
-        let mut run = |states: &mut Vec<Vec<f32>>| -> Result<Keep, CarveError> {
-            let mut keep = Keep::default();
-            for x in states {
-                self.cache.reset();
-                self.model.layer_forward(self.layer, x, &mut self.cache, 0, &mut keep)?;
-            }
-            Ok(keep)
-        };
-        let mut keep = run(&mut self.dense)?;
-        let mut wish = Vec::new();
-        if self.follow {
-            keep = run(&mut self.carved)?;
-            if options.propagate > 0.0 {
-                let pairs = self.dense.iter().flatten().zip(self.carved.iter().flatten());
-                wish = pairs.map(|(a, b)| options.propagate * (a - b)).collect();
-            }
+        let mut keep = Keep::default();
+        for x in &mut self.states {
+            self.cache.reset();
+            self.model
+                .layer_forward(self.layer, x, &mut self.cache, 0, &mut keep)?;
         }
         let down = write::matrix(self.model, &format!("model.layers.{}.mlp.down_proj", self.layer))?;
         let block = Block {
@@ -234,27 +233,20 @@ impl<'a> Walk<'a> {
             down: &down,
             d: config.hidden_size,
             f: config.mlp.intermediate,
-            wish,
         };
-        let carved = block.carve(division, options)?;
-        if self.follow {
-            let mut lost = &carved.lost[..];
-            for x in &mut self.carved {
-                let (own, rest) = lost.split_at(x.len());
-                x.iter_mut().zip(own).for_each(|(x, l)| *x -= l);
-                lost = rest;
-            }
-        }
         self.layer += 1;
-        Ok(carved)
+        block.carve(division, options)
     }
 
     /// Logits of the first windows, `[T, V]`, from their states before `layer` on.
-    fn logits(&self, layer: usize, windows: usize, states: &[Vec<f32>]) -> Result<Vec<f32>, CarveError> {
+    fn logits(&self, layer: usize, states: &[Vec<f32>]) -> Result<Vec<f32>, CarveError> {
         let config = self.model.config();
-        let mut cache = KvCache::new(config, states.iter().map(Vec::len).max().unwrap_or(0) / config.hidden_size);
+        let mut cache = KvCache::new(
+            config,
+            states.iter().map(Vec::len).max().unwrap_or(0) / config.hidden_size,
+        );
         let mut all = Vec::new();
-        for x in states.iter().take(windows) {
+        for x in states.iter().take(MARKET_WINDOWS) {
             let mut x = x.clone();
             cache.reset();
             for layer in layer..config.num_layers() {

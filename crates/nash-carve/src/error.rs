@@ -25,8 +25,7 @@ pub enum CarveError {
     },
     /// The experts do not divide the block.
     #[error(
-        "{experts} experts and a shared one of {shared} neurons do not divide a block of {width} neurons; \
-         {width} less the shared ones must be a multiple of the experts"
+        "{experts} experts and a shared one of {shared} neurons cannot be made of a block of {width} neurons"
     )]
     Division {
         /// Routed experts.

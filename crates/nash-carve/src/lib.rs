@@ -21,5 +21,5 @@ mod write;
 pub use carve::{Progress, carve};
 pub use channels::{ChannelKind, channel_sparsity};
 pub use error::CarveError;
-pub use options::{CarveOptions, Start, Target};
+pub use options::{CarveOptions, Start};
 pub use report::{CarveReport, LayerReport};

@@ -2,9 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-/// One layer. Energies are shares of the energy of all neurons.
+/// One layer. Energies are shares of the energy of all neurons, on the calibration text.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
+    /// Routed experts per token.
+    pub top_k: usize,
     /// Kept at the start of the game, each token choosing the best experts.
     pub kept_at_start: f64,
     /// Kept at the equilibrium, each token choosing the best experts.
@@ -13,28 +15,25 @@ pub struct LayerReport {
     pub kept_by_first_router: f64,
     /// Kept by the router in the end.
     pub kept_by_router: f64,
-    /// Kept by the router if tokens may use more or fewer experts, as many on average.
-    pub kept_dynamic: f64,
     /// Kept if experts were chosen at random.
-    pub random: f64,
+    pub kept_at_random: f64,
     /// Rounds of tokens and neurons answering each other.
     pub rounds: usize,
-    /// Pairs of neurons that changed places.
+    /// Pairs of neurons that changed places in them.
     pub swaps: usize,
-    /// Whether the game ended in an equilibrium.
+    /// Whether they ended in an equilibrium.
     pub settled: bool,
-    /// Largest gain of a pair of neurons that was left, as a share of all energy.
-    pub max_regret: f64,
-    /// Times that neurons and router answered each other.
+    /// Largest gain of a pair of neurons that was left there.
+    pub choice_regret: f64,
+    /// Times that router and neurons answered each other.
     pub router_rounds: usize,
-    /// Error of the block's output on the calibration text over its energy.
+    /// Largest gain of a pair of neurons that is left, given what tokens choose by the router.
+    pub max_regret: f64,
+    /// Error of the block's output over its energy, `Σ‖y − ŷ‖² / Σ‖y‖²`.
     pub error: f64,
-    /// The same with a fitted down projection.
-    pub error_refit: f64,
-    /// Experts per token.
-    pub top_k: usize,
-    /// KL divergence with this layer alone carved, on some calibration text (with a market).
-    pub kl: f64,
+    /// KL divergence of the model with this layer alone carved, all layers choosing alike; absent without a market.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
 }
 
 /// What came of carving a model.
@@ -46,10 +45,10 @@ pub struct CarveReport {
     pub width: usize,
     /// Neurons of the shared expert.
     pub shared: usize,
-    /// Routed experts per token.
-    pub top_k: usize,
-    /// Share of the neurons that a token uses.
+    /// Share of the neurons that a token uses, the mean over the layers.
     pub active: f64,
+    /// Largest gain of a pair of neurons that is left in any layer, as a share of the layer's energy.
+    pub max_regret: f64,
     /// Layer by layer.
     pub layers: Vec<LayerReport>,
     /// Calibration tokens.

@@ -104,13 +104,25 @@ mod tests {
     #[test]
     fn a_linear_worth_is_found_again() {
         let (tokens, d, experts) = (200, 6, 3);
-        let x: Vec<f32> = (0..tokens * d).map(|i| (i * 7919 % 101) as f32 / 50.0 - 1.0).collect();
-        let r: Vec<f32> = (0..experts * d).map(|i| (i * 31 % 13) as f32 / 6.0 - 1.0).collect();
-        let truth = Router { weight: r, bias: vec![0.5, -1.0, 2.0] };
+        let x: Vec<f32> = (0..tokens * d)
+            .map(|i| (i * 7919 % 101) as f32 / 50.0 - 1.0)
+            .collect();
+        let r: Vec<f32> = (0..experts * d)
+            .map(|i| (i * 31 % 13) as f32 / 6.0 - 1.0)
+            .collect();
+        let truth = Router {
+            weight: r,
+            bias: vec![0.5, -1.0, 2.0],
+        };
         let y = truth.scores(&x);
         let found = Inputs::new(&x, d, 0.0).unwrap().fit(&y, experts);
         // Single-precision sums of 200 products of values below 4.
-        for (a, b) in truth.weight.iter().chain(&truth.bias).zip(found.weight.iter().chain(&found.bias)) {
+        for (a, b) in truth
+            .weight
+            .iter()
+            .chain(&truth.bias)
+            .zip(found.weight.iter().chain(&found.bias))
+        {
             assert!((a - b).abs() < 1e-3, "{a} {b}");
         }
     }

@@ -14,9 +14,9 @@ use crate::report::CarveReport;
 
 /// A weight matrix as floats, `[m, n]`.
 pub(crate) fn matrix(model: &Model, name: &str) -> Result<Vec<f32>, CarveError> {
-    let linear = model
-        .linear(name)
-        .ok_or_else(|| ModelError::NoSuchLinear { name: name.to_owned() })?;
+    let linear = model.linear(name).ok_or_else(|| ModelError::NoSuchLinear {
+        name: name.to_owned(),
+    })?;
     let n = linear.cols();
     let mut values = vec![0.0; linear.rows() * n];
     for (row, out) in values.chunks_exact_mut(n).enumerate() {
@@ -33,8 +33,6 @@ enum Source<'a> {
     Rows(String, &'a [usize]),
     /// Some of its columns.
     Columns(String, &'a [usize]),
-    /// Columns of a fitted matrix.
-    Fitted(&'a [f32], &'a [usize]),
     Values(&'a [f32]),
 }
 
@@ -64,13 +62,6 @@ pub(crate) fn write(
     }
     for (layer, carved) in layers.iter().enumerate() {
         plan_layer(&mut plan, config.hidden_size, layer, carved);
-        if config.moe.as_ref().is_some_and(|moe| moe.stand_ins) {
-            plan.push(Planned {
-                name: format!("model.layers.{layer}.mlp.stand_ins"),
-                shape: vec![report.experts, config.hidden_size],
-                source: Source::Values(&carved.stand_ins),
-            });
-        }
     }
     for (name, shape, values) in &floats {
         plan.push(Planned {
@@ -92,7 +83,10 @@ pub(crate) fn write(
     for tensor in &plan {
         writer.float(&tensor.name, &tensor.values(model)?)?;
     }
-    save_tokenizer(out).map_err(|source| CarveError::Io { path: out.into(), source })?;
+    save_tokenizer(out).map_err(|source| CarveError::Io {
+        path: out.into(),
+        source,
+    })?;
     let mut map = Map::new();
     map.insert("model_type".into(), json!(config.architecture));
     map.insert(STORED_KEY.into(), json!(config));
@@ -114,8 +108,17 @@ fn plan_layer<'a>(plan: &mut Vec<Planned<'a>>, d: usize, layer: usize, carved: &
         shape: vec![experts],
         source: Source::Values(&carved.router.bias),
     });
-    for (e, members) in carved.members.iter().enumerate().filter(|(_, members)| !members.is_empty()) {
-        let expert = if e == experts { "shared_expert".into() } else { format!("experts.{e}") };
+    for (e, members) in carved
+        .members
+        .iter()
+        .enumerate()
+        .filter(|(_, members)| !members.is_empty())
+    {
+        let expert = if e == experts {
+            "shared_expert".into()
+        } else {
+            format!("experts.{e}")
+        };
         for part in ["gate_proj", "up_proj"] {
             plan.push(Planned {
                 name: format!("{mlp}.{expert}.{part}.weight"),
@@ -126,10 +129,7 @@ fn plan_layer<'a>(plan: &mut Vec<Planned<'a>>, d: usize, layer: usize, carved: &
         plan.push(Planned {
             name: format!("{mlp}.{expert}.down_proj.weight"),
             shape: vec![d, members.len()],
-            source: match &carved.down {
-                Some(down) => Source::Fitted(down, members),
-                None => Source::Columns(format!("{mlp}.down_proj"), members),
-            },
+            source: Source::Columns(format!("{mlp}.down_proj"), members),
         });
     }
 }
@@ -155,10 +155,7 @@ impl Planned<'_> {
                 }
                 values
             }
-            Source::Columns(name, columns) => {
-                some_columns(&matrix(model, name)?, self.shape[0], columns)
-            }
-            Source::Fitted(whole, columns) => some_columns(whole, self.shape[0], columns),
+            Source::Columns(name, columns) => some_columns(&matrix(model, name)?, self.shape[0], columns),
         })
     }
 
@@ -168,6 +165,10 @@ impl Planned<'_> {
             return Ok(DType::F32);
         }
         let exact = |v: &f32| f16::from_f32(*v).to_f32() == *v;
-        Ok(if self.values(model)?.iter().all(exact) { DType::F16 } else { DType::F32 })
+        Ok(if self.values(model)?.iter().all(exact) {
+            DType::F16
+        } else {
+            DType::F32
+        })
     }
 }

@@ -53,8 +53,11 @@ impl Experts {
             return Ok(Vec::new());
         };
         let Some(moe) = &loaded.model.config().moe else {
-            return Err(anyhow::anyhow!("{} has no experts to route to", loaded.path.display()))
-                .hint("leave --routing out, or make a mixture with `nashswarm carve`");
+            return Err(anyhow::anyhow!(
+                "{} has no experts to route to",
+                loaded.path.display()
+            ))
+            .hint("leave --routing out, or make a mixture with `nashswarm carve`");
         };
         let rewards = match rule {
             Rule::TopK => &[0.0],

@@ -401,7 +401,8 @@ impl PackedWriter {
     /// A tensor of the layout was not written, one is packed, or the system refuses.
     pub fn finish_floats(self, config: Map<String, Value>) -> Result<HfFolder> {
         if let Some(name) = self.layout.packed.keys().next() {
-            return Err(ErrorKind::NotFloat { dtype: DType::U8 }.into()).map_err(|e: CoreError| e.with_tensor(name));
+            return Err(ErrorKind::NotFloat { dtype: DType::U8 }.into())
+                .map_err(|e: CoreError| e.with_tensor(name));
         }
         let dir = self.commit(config, None)?;
         HfFolder::open(dir)

@@ -187,7 +187,7 @@ pub struct Row {
     pub speed: Option<SpeedReport>,
     /// What the tokens of a mixture of experts touched, if a routing rule was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub experts: Option<ExpertUse>,
+    pub expert_use: Option<ExpertUse>,
     /// Seconds to compress.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress_seconds: Option<f64>,

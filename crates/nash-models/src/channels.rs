@@ -86,10 +86,19 @@ mod tests {
         let h = [1.0, -0.9, 0.2, 3.0, 0.1, 0.1, -0.5, 0.0];
         let gate = [9.0, 0.0, 9.0, 9.0, 0.0, 0.0, 9.0, -9.0];
         for (rule, expected) in [
-            (ChannelRule::Largest(0.5), [0.0, -0.9, 0.0, 3.0, 0.0, 0.1, -0.5, 0.0]),
+            (
+                ChannelRule::Largest(0.5),
+                [0.0, -0.9, 0.0, 3.0, 0.0, 0.1, -0.5, 0.0],
+            ),
             (ChannelRule::Largest(1.0), h),
-            (ChannelRule::Above(vec![0.9]), [1.0, -0.9, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0]),
-            (ChannelRule::GateAbove(vec![1.0]), [1.0, 0.0, 0.2, 3.0, 0.0, 0.0, -0.5, 0.0]),
+            (
+                ChannelRule::Above(vec![0.9]),
+                [1.0, -0.9, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0],
+            ),
+            (
+                ChannelRule::GateAbove(vec![1.0]),
+                [1.0, 0.0, 0.2, 3.0, 0.0, 0.0, -0.5, 0.0],
+            ),
         ] {
             let mut inner = h;
             sparsity(rule.clone()).apply(0, &gate, &mut inner, Activation::Silu);

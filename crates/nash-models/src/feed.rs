@@ -37,8 +37,6 @@ pub(crate) struct Experts {
     pub(crate) shared: Option<Mlp>,
     /// `[d]`.
     pub(crate) shared_gate: Option<Arc<[f32]>>,
-    /// `[experts, d]`: what experts answer that were not chosen.
-    pub(crate) stand_ins: Option<Arc<[f32]>>,
 }
 
 /// What the blocks of one layer need besides their weights.
@@ -64,11 +62,7 @@ impl Feed {
                 for mlp in experts.experts.iter_mut().chain(&mut experts.shared) {
                     mlp.for_each_bias(visit);
                 }
-                for float in [
-                    &mut experts.correction,
-                    &mut experts.shared_gate,
-                    &mut experts.stand_ins,
-                ] {
+                for float in [&mut experts.correction, &mut experts.shared_gate] {
                     float.iter_mut().for_each(&mut *visit);
                 }
             }
@@ -147,6 +141,9 @@ fn activate_gated(kind: Activation, gate: &mut [f32], up: &[f32]) {
     });
 }
 
+/// The shared expert and its buffers.
+type Shared<'a> = (&'a Mlp, &'a mut MlpScratch);
+
 /// Which projection of an expert, and the outputs of all experts, in order.
 type Output<'a> = (fn(&Mlp) -> Option<&Projection>, &'a mut [f32]);
 
@@ -183,8 +180,9 @@ impl Experts {
         let tokens = input.tokens();
         cx.tap.input(cx.layer, Site::Router, normed, tokens, d);
         cx.weights.project(&self.router, &input, &mut moe.scores);
-        // The shared expert reads the same input, quantized once. Its answer is the start of the sum.
-        match &self.shared {
+        // The shared expert reads the same input, quantized once. Its answer is the start of the sum. For one token it is multiplied together with the routed ones.
+        let together = tokens == 1 && self.shared_gate.is_none();
+        match self.shared.as_ref().filter(|_| !together) {
             Some(shared) => {
                 cx.tap.input(cx.layer, Site::SharedIn, normed, tokens, d);
                 shared.forward(cx, Site::SharedDown, input, mlp, out);
@@ -202,31 +200,24 @@ impl Experts {
         }
         self.rank(cx, (normed, d), moe);
         self.route(moe);
-        self.stand_in(&moe.routed, d, out);
-        self.mix(cx, normed, moe, out);
-    }
-
-    /// Adds to `out [T, d]` the stand-ins of the experts that are not in `routed`.
-    fn stand_in(&self, routed: &[Routed], d: usize, out: &mut [f32]) {
-        let Some(stand_ins) = &self.stand_ins else { return };
-        let mut absent = vec![true; out.len() / d * self.config.experts];
-        for row in routed {
-            absent[row.token * self.config.experts + row.expert] = false;
-        }
-        for (out, absent) in out.chunks_exact_mut(d).zip(absent.chunks_exact(self.config.experts)) {
-            for (_, row) in absent.iter().zip(stand_ins.chunks_exact(d)).filter(|(absent, _)| **absent) {
-                out.iter_mut().zip(row).for_each(|(out, v)| *out += v);
-            }
-        }
+        let shared = self.shared.as_ref().filter(|_| together);
+        self.mix(cx, normed, moe, out, shared.map(|shared| (shared, mlp)));
     }
 
     /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`.
-    fn mix(&self, cx: &mut Context<'_>, normed: &[f32], moe: &mut MoeScratch, out: &mut [f32]) {
+    fn mix(
+        &self,
+        cx: &mut Context<'_>,
+        normed: &[f32],
+        moe: &mut MoeScratch,
+        out: &mut [f32],
+        mut shared: Option<Shared<'_>>,
+    ) {
         let routed = std::mem::take(&mut moe.routed);
         let mut rest = &routed[..];
         while !rest.is_empty() {
             let part = take_part(&mut rest);
-            self.mix_part(cx, (normed, part), moe, out);
+            self.mix_part(cx, (normed, part), moe, out, shared.take());
         }
         moe.routed = routed;
     }
@@ -238,6 +229,7 @@ impl Experts {
         (normed, routed): (&[f32], &[Routed]),
         moe: &mut MoeScratch,
         out: &mut [f32],
+        mut shared: Option<Shared<'_>>,
     ) {
         let MoeScratch {
             gathered,
@@ -265,17 +257,50 @@ impl Experts {
         }
         let (gates, ups) = (sized(gate, routed.len() * f), sized(up, routed.len() * f));
         let outputs: &mut [Output<'_>] = &mut [(|e| e.gate.as_ref(), gates), (|e| Some(&e.up), ups)];
-        self.project(weights, routed, &inputs, outputs);
+        let mut besides = Vec::new();
+        if let Some((shared, buffers)) = &mut shared {
+            cx.tap.input(cx.layer, Site::SharedIn, x, 1, d);
+            let MlpScratch { gate, up, .. } = &mut **buffers;
+            for (projection, y) in [(shared.gate.as_ref(), gate), (Some(&shared.up), up)] {
+                let Some(projection) = projection else { continue };
+                besides.push(Projected {
+                    projection,
+                    input: &inputs[0],
+                    y: sized(y, weights.info(projection.slot).rows),
+                });
+            }
+        }
+        self.project(weights, routed, &inputs, outputs, besides);
         activations.extend(inputs.into_iter().map(Input::into_buffer));
 
         activate_gated(cx.activation, gate, up);
 
         let mut inputs = self.inputs(cx, (gate, f), Site::ExpertDown, routed, activations);
+        let shared = shared.map(|(shared, buffers)| {
+            let MlpScratch {
+                gate,
+                up,
+                activations,
+            } = buffers;
+            activate_gated(cx.activation, gate, up);
+            cx.tap.input(cx.layer, Site::SharedDown, gate, 1, gate.len());
+            // Behind those of the routed experts.
+            inputs.push(Input::with_buffer(gate, gate.len(), std::mem::take(activations)));
+            (&shared.down, activations)
+        });
         if weights.is_packed(&first.down) {
             Input::quantize_each(&mut inputs);
         }
         let outputs: &mut [Output<'_>] = &mut [(|e| Some(&e.down), sized(answers, routed.len() * d))];
-        self.project(weights, routed, &inputs, outputs);
+        let mut besides = Vec::new();
+        if let (Some((projection, _)), Some(input)) = (&shared, inputs.last()) {
+            let y = &mut *out;
+            besides.push(Projected { projection, input, y });
+        }
+        self.project(weights, routed, &inputs, outputs, besides);
+        if let Some((_, buffer)) = shared {
+            *buffer = inputs.pop().map(Input::into_buffer).unwrap_or_default();
+        }
         activations.extend(inputs.into_iter().map(Input::into_buffer));
 
         for (row, answer) in routed.iter().zip(answers.chunks_exact(d)) {
@@ -314,15 +339,17 @@ impl Experts {
         inputs
     }
 
-    /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs.
+    /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs, and what is to be projected besides.
     fn project<'a>(
         &'a self,
         weights: &Weights,
         routed: &[Routed],
         inputs: &'a [Input<'a>],
         outputs: &mut [Output<'a>],
+        besides: Vec<Projected<'a>>,
     ) {
-        let mut products = Vec::with_capacity(outputs.len() * self.config.experts.min(routed.len()));
+        let mut products = besides;
+        products.reserve(outputs.len() * self.config.experts.min(routed.len()));
         for (i, group) in by_expert(routed).enumerate() {
             let expert = &self.experts[group[0].expert];
             let input = inputs.get(i).unwrap_or(&inputs[0]);
@@ -382,7 +409,9 @@ impl Experts {
             ..
         } = moe;
         routed.clear();
-        let rows = scores.chunks_exact(config.experts).zip(ranks.chunks_exact(config.experts));
+        let rows = scores
+            .chunks_exact(config.experts)
+            .zip(ranks.chunks_exact(config.experts));
         for (token, (scores, ranks)) in rows.enumerate() {
             order.clear();
             order.extend(0..config.experts);

@@ -50,9 +50,9 @@ pub use backward::GradientTap;
 pub use cache::KvCache;
 pub use channels::{ChannelRule, ChannelSparsity};
 pub use config::{
-    Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig, STORED_KEY,
-    NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, Scoring,
-    SharedExpert, VocabParts,
+    Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
+    NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle,
+    STORED_KEY, Scoring, SharedExpert, VocabParts,
 };
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateOptions, Generator, PREFILL_CHUNK, Progress};

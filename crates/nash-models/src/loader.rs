@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use nash_core::{DType, ModelFile, Region, Tensor};
 
-use crate::config::{Family, ModelConfig, MoeConfig, NormPlacement, QkNorm, VocabParts, gguf_family, is_stored};
+use crate::config::{
+    Family, ModelConfig, MoeConfig, NormPlacement, QkNorm, VocabParts, gguf_family, is_stored,
+};
 use crate::error::{ModelError, Result};
 use crate::feed::{Experts, Feed, Mlp};
 use crate::layer::Layer;
@@ -417,7 +419,6 @@ impl Assembly<'_> {
             experts: (0..moe.experts).map(expert).collect::<Result<_>>()?,
             shared: moe.shared.map(|_| shared()).transpose()?,
             shared_gate: self.float("layers.{i}.mlp.shared_expert_gate.{p}", i),
-            stand_ins: self.float("layers.{i}.mlp.stand_ins", i),
         })))
     }
 

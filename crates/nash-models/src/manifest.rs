@@ -297,10 +297,6 @@ impl Manifest {
                     let key = TensorKey::weight("layers.{i}.mlp.router.correction_bias", layer, 0);
                     self.float(key, vec![moe.experts], false);
                 }
-                if moe.stand_ins {
-                    let key = TensorKey::weight("layers.{i}.mlp.stand_ins", layer, 0);
-                    self.float(key, vec![moe.experts, d], false);
-                }
                 let f = moe.intermediate;
                 for e in 0..moe.experts {
                     let (read, down) = (Site::ExpertIn(e), Site::ExpertDown(e));

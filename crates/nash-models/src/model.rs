@@ -150,7 +150,10 @@ impl Model {
             if thresholds != layers || channels.norms.len() != layers || !fits {
                 return Err(ModelError::Config {
                     key: "channels".into(),
-                    problem: format!("{thresholds} thresholds and {} norms for {layers} layers", channels.norms.len()),
+                    problem: format!(
+                        "{thresholds} thresholds and {} norms for {layers} layers",
+                        channels.norms.len()
+                    ),
                 });
             }
         }

@@ -140,7 +140,7 @@ impl Eval {
         };
         let first = rows.len() - handles.len().min(rows.len());
         for (row, handle) in rows[first..].iter_mut().zip(&handles) {
-            row.experts = handle.as_ref().map(UseHandle::read);
+            row.expert_use = handle.as_ref().map(UseHandle::read);
         }
         let report = Report { rows };
         self.json.write(&report)?;
@@ -148,7 +148,9 @@ impl Eval {
             say!("{}", eval_table(&report.rows));
             say!("{}", protocol(&windows, self.text.as_deref()));
             for row in &report.rows {
-                row.experts.iter().for_each(|used| experts::print(&row.name, used));
+                row.expert_use
+                    .iter()
+                    .for_each(|used| experts::print(&row.name, used));
             }
         }
         Ok(())

@@ -10,9 +10,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nash_games::routing::{
-    Balance, Neighbours, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores,
-};
+use nash_games::routing::{Balance, Neighbours, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores};
 use nash_models::{RoutingCall, RoutingPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +75,10 @@ impl UseHandle {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let used = counts.loads.iter().filter(|loads| !loads.is_empty());
         let violation = |loads: &Vec<u64>| {
-            let (most, all) = (loads.iter().max().copied().unwrap_or(0), loads.iter().sum::<u64>());
+            let (most, all) = (
+                loads.iter().max().copied().unwrap_or(0),
+                loads.iter().sum::<u64>(),
+            );
             most as f64 * loads.len() as f64 / all.max(1) as f64 - 1.0
         };
         let batches = counts.batches.max(1) as f64;
@@ -130,7 +131,10 @@ impl ExpertRouting {
     fn batch(&mut self, layer: usize, x: &[f32], ranks: &mut [f32], (experts, k): (usize, usize)) {
         let (rules, state) = (self.rules, &mut self.layers[layer]);
         let mut rewards = vec![0.0f32; experts];
-        state.resident.iter().for_each(|&e| rewards[usize::from(e)] = rules.reward);
+        state
+            .resident
+            .iter()
+            .for_each(|&e| rewards[usize::from(e)] = rules.reward);
         if !state.prices.is_empty() {
             rewards.iter_mut().zip(&state.prices).for_each(|(r, p)| *r -= p);
         }
@@ -181,7 +185,14 @@ impl ExpertRouting {
 
 impl RoutingPolicy for ExpertRouting {
     fn rank(&mut self, call: RoutingCall<'_>) {
-        let RoutingCall { layer, x, width, ranks, experts, top_k } = call;
+        let RoutingCall {
+            layer,
+            x,
+            width,
+            ranks,
+            experts,
+            top_k,
+        } = call;
         if self.layers.len() <= layer {
             self.layers.resize_with(layer + 1, LayerState::default);
         }
@@ -190,7 +201,11 @@ impl RoutingPolicy for ExpertRouting {
             ranks.iter_mut().for_each(|rank| *rank *= scale);
         }
         let tokens = ranks.len() / experts;
-        if self.rules.prices && self.layers[layer].prices.is_empty() && tokens >= PRICE_TOKENS && top_k <= MOST {
+        if self.rules.prices
+            && self.layers[layer].prices.is_empty()
+            && tokens >= PRICE_TOKENS
+            && top_k <= MOST
+        {
             self.layers[layer].prices = prices(ranks, experts, top_k).unwrap_or_default();
         }
         let batch = self.rules.batch.max(1);
@@ -203,7 +218,9 @@ impl RoutingPolicy for ExpertRouting {
 /// Standard deviation of the finite ranks of a token.
 fn deviation(ranks: &[f32]) -> f32 {
     let finite = ranks.iter().filter(|r| r.is_finite());
-    let (n, sum) = finite.clone().fold((0.0f32, 0.0), |(n, sum), r| (n + 1.0, sum + r));
+    let (n, sum) = finite
+        .clone()
+        .fold((0.0f32, 0.0), |(n, sum), r| (n + 1.0, sum + r));
     let mean = sum / n.max(1.0);
     (finite.map(|r| (r - mean).powi(2)).sum::<f32>() / n.max(1.0)).sqrt()
 }
@@ -215,8 +232,14 @@ fn prices(ranks: &[f32], experts: usize, k: usize) -> Option<Vec<f32>> {
     statistics.measure(scores);
     let (mut prices, mut choices) = (vec![0.0; experts], vec![0; scores.tokens() * k]);
     statistics.guess_prices(k, &mut prices);
-    let options = Balance { max_steps: 16, tolerance: 0.12 };
-    PriceRouter::new(experts, k).ok()?.balance(scores, &mut prices, &mut choices, options).ok()?;
+    let options = Balance {
+        max_steps: 16,
+        tolerance: 0.12,
+    };
+    PriceRouter::new(experts, k)
+        .ok()?
+        .balance(scores, &mut prices, &mut choices, options)
+        .ok()?;
     // Only differences count; a common part would look like a reward.
     let mean = prices.iter().sum::<f32>() / experts as f32;
     prices.iter_mut().for_each(|p| *p -= mean);
@@ -224,7 +247,13 @@ fn prices(ranks: &[f32], experts: usize, k: usize) -> Option<Vec<f32>> {
 }
 
 /// The choices of a batch whose tokens like the company of their neighbours, at an equilibrium.
-fn play(x: &[f32], ranks: &[f32], rewards: &[f32], (experts, k): (usize, usize), company: f32) -> Option<Vec<u16>> {
+fn play(
+    x: &[f32],
+    ranks: &[f32],
+    rewards: &[f32],
+    (experts, k): (usize, usize),
+    company: f32,
+) -> Option<Vec<u16>> {
     let tokens = ranks.len() / experts;
     let neighbours = Neighbours::nearest(x, tokens, x.len() / tokens, FLOCK).ok()?;
     let rules = Rules {
@@ -232,7 +261,11 @@ fn play(x: &[f32], ranks: &[f32], rewards: &[f32], (experts, k): (usize, usize),
         ..Rules::default()
     };
     let game = RoutingGame::new(Scores::new(ranks, experts).ok()?, k, rules).ok()?;
-    let game = game.with_rewards(rewards).ok()?.with_neighbours(&neighbours).ok()?;
+    let game = game
+        .with_rewards(rewards)
+        .ok()?
+        .with_neighbours(&neighbours)
+        .ok()?;
     let mut choices = game.start();
     game.play(&mut choices, MAX_SWEEPS).ok()?;
     Some(choices)
@@ -245,13 +278,26 @@ mod tests {
 
     use super::*;
 
-    const RULES: ExpertRules = ExpertRules { resident: 2, reward: 0.0, company: 0.0, prices: false, batch: 1 };
+    const RULES: ExpertRules = ExpertRules {
+        resident: 2,
+        reward: 0.0,
+        company: 0.0,
+        prices: false,
+        batch: 1,
+    };
 
     fn route(rules: ExpertRules, ranks: &mut [f32], k: usize) -> ExpertUse {
         let mut routing = ExpertRouting::new(rules);
         let handle = routing.handle();
         let x: Vec<f32> = (0..ranks.len()).map(|i| (i % 5) as f32).collect();
-        routing.rank(RoutingCall { layer: 0, x: &x, width: 4, ranks, experts: 4, top_k: k });
+        routing.rank(RoutingCall {
+            layer: 0,
+            x: &x,
+            width: 4,
+            ranks,
+            experts: 4,
+            top_k: k,
+        });
         handle.read()
     }
 
@@ -265,7 +311,10 @@ mod tests {
             .collect();
         let plain = route(RULES, &mut ranks.clone(), 1);
         assert_eq!(plain.miss_rate, 4.0 / 5.0);
-        assert_eq!((plain.experts_per_batch, plain.max_violation), (1.0, 2.0 / 5.0 * 4.0 - 1.0));
+        assert_eq!(
+            (plain.experts_per_batch, plain.max_violation),
+            (1.0, 2.0 / 5.0 * 4.0 - 1.0)
+        );
         let mut kept = ranks.clone();
         let paid = route(ExpertRules { reward: 9.0, ..RULES }, &mut kept, 1);
         assert_eq!(paid.miss_rate, 1.0 / 5.0, "the first expert stays");
@@ -278,13 +327,35 @@ mod tests {
         let mut rng = Pcg64Mcg::seed_from_u64(1);
         let flat: Vec<f32> = (0..256 * 4).map(|_| rng.random::<f32>()).collect();
         // Every expert is liked a little more than the one before.
-        let ranks: Vec<f32> = flat.iter().zip(0..).map(|(r, i)| r + 0.2 * (i % 4) as f32).collect();
+        let ranks: Vec<f32> = flat
+            .iter()
+            .zip(0..)
+            .map(|(r, i)| r + 0.2 * (i % 4) as f32)
+            .collect();
         let plain = route(RULES, &mut ranks.clone(), 1);
-        let priced = route(ExpertRules { prices: true, ..RULES }, &mut ranks.clone(), 1);
-        assert!(priced.max_violation < 0.2 && plain.max_violation > 0.5, "{plain:?} {priced:?}");
+        let priced = route(
+            ExpertRules {
+                prices: true,
+                ..RULES
+            },
+            &mut ranks.clone(),
+            1,
+        );
+        assert!(
+            priced.max_violation < 0.2 && plain.max_violation > 0.5,
+            "{plain:?} {priced:?}"
+        );
         let batch = ExpertRules { batch: 8, ..RULES };
         let alone = route(batch, &mut flat.clone(), 1).experts_per_batch;
-        let together = route(ExpertRules { company: 1.0, ..batch }, &mut flat.clone(), 1).experts_per_batch;
+        let together = route(
+            ExpertRules {
+                company: 1.0,
+                ..batch
+            },
+            &mut flat.clone(),
+            1,
+        )
+        .experts_per_batch;
         assert!(together < alone, "{together} {alone}");
     }
 }

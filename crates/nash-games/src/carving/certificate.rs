@@ -39,9 +39,11 @@ pub fn certify_seats(worths: &[f32], experts: usize, seats: &[u16]) -> Result<Se
         found
     };
     let each: Vec<SeatCertificate> = (0..seats.len()).into_par_iter().map(ask).collect();
-    Ok(each.into_iter().fold(SeatCertificate::default(), |all, one| SeatCertificate {
-        max_regret: all.max_regret.max(one.max_regret),
-        unsettled: all.unsettled + one.unsettled,
-        potential: all.potential + one.potential,
-    }))
+    Ok(each
+        .into_iter()
+        .fold(SeatCertificate::default(), |all, one| SeatCertificate {
+            max_regret: all.max_regret.max(one.max_regret),
+            unsettled: all.unsettled + one.unsettled,
+            potential: all.potential + one.potential,
+        }))
 }

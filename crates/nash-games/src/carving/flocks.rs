@@ -17,7 +17,12 @@ pub fn flocks(activity: &[f32], neurons: usize, sizes: &[usize]) -> Result<Vec<u
     let tokens = activity.len() / neurons.max(1);
     crate::error::check_len("seats", neurons, sizes.iter().sum())?;
     let graph = Neighbours::nearest(activity, neurons, tokens, FLOCK)?;
-    let total = |i: usize| activity[i * tokens..][..tokens].iter().map(|&v| f64::from(v)).sum::<f64>();
+    let total = |i: usize| {
+        activity[i * tokens..][..tokens]
+            .iter()
+            .map(|&v| f64::from(v))
+            .sum::<f64>()
+    };
     let totals: Vec<f64> = (0..neurons).map(total).collect();
     let mut order: Vec<usize> = (0..neurons).collect();
     order.sort_by(|&a, &b| totals[b].total_cmp(&totals[a]).then(a.cmp(&b)));
@@ -28,7 +33,12 @@ pub fn flocks(activity: &[f32], neurons: usize, sizes: &[usize]) -> Result<Vec<u
         for _ in 0..size {
             let tied = (0..neurons)
                 .filter(|&i| flock[i] == u16::MAX && ties[i] > 0)
-                .max_by(|&a, &b| ties[a].cmp(&ties[b]).then(totals[a].total_cmp(&totals[b])).then(b.cmp(&a)));
+                .max_by(|&a, &b| {
+                    ties[a]
+                        .cmp(&ties[b])
+                        .then(totals[a].total_cmp(&totals[b]))
+                        .then(b.cmp(&a))
+                });
             let next = tied.or_else(|| free.find(|&i| flock[i] == u16::MAX));
             let Some(next) = next else { break };
             flock[next] = f as u16;
@@ -49,7 +59,11 @@ mod tests {
         let activity: Vec<f32> = (0..48 * 12)
             .map(|k| {
                 let (i, t) = (k / 12, k % 12);
-                if t % 3 == kind(i) { 1.0 + (i * t % 4) as f32 * 0.1 } else { 0.0 }
+                if t % 3 == kind(i) {
+                    1.0 + (i * t % 4) as f32 * 0.1
+                } else {
+                    0.0
+                }
             })
             .collect();
         let found = flocks(&activity, 48, &[16, 16, 16]).unwrap();

@@ -137,11 +137,19 @@ mod tests {
         let worths: Vec<f32> = (0..16).map(|i| (i * 37 % 19) as f32).collect();
         let best = (0u32..256)
             .filter(|set| set.count_ones() == 4)
-            .map(|set| (0..8).map(|i| worths[2 * i + (set >> i & 1) as usize]).sum::<f32>())
+            .map(|set| {
+                (0..8)
+                    .map(|i| worths[2 * i + (set >> i & 1) as usize])
+                    .sum::<f32>()
+            })
             .fold(0.0, f32::max);
         let mut seats = vec![0, 0, 0, 0, 1, 1, 1, 1];
         SeatGame::new(&worths, 2).unwrap().play(&mut seats, 9).unwrap();
-        let found: f32 = worths.chunks(2).zip(&seats).map(|(w, &s)| w[usize::from(s)]).sum();
+        let found: f32 = worths
+            .chunks(2)
+            .zip(&seats)
+            .map(|(w, &s)| w[usize::from(s)])
+            .sum();
         assert_eq!(found, best);
     }
 

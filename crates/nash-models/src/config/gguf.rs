@@ -321,7 +321,6 @@ impl Keys<'_> {
             groups,
             shared,
             bias: rule.bias,
-            stand_ins: false,
         }))
     }
 

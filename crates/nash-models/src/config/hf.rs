@@ -8,8 +8,8 @@ use serde_json::Value;
 use super::family::{BiasRule, Family, QkNormRule, SharedRule, WindowRule};
 use super::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
-    NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, SharedExpert,
-    STORED_KEY, check_layers,
+    NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, STORED_KEY,
+    SharedExpert, check_layers,
 };
 use crate::error::{ModelError, Result};
 use crate::math::SWIGLU_LIMIT;
@@ -356,7 +356,6 @@ impl Keys<'_> {
             groups,
             shared,
             bias: rule.bias,
-            stand_ins: false,
         }))
     }
 

@@ -318,9 +318,6 @@ pub struct MoeConfig {
     /// The router and the routed experts have biases (gpt-oss).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bias: bool,
-    /// An expert that a token did not choose answers with a constant vector, its stand-in.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub stand_ins: bool,
 }
 
 /// Router scores to probabilities.
@@ -371,12 +368,10 @@ impl ModelConfig {
     /// # Errors
     /// The key is missing or does not hold a consistent configuration.
     pub fn from_packed(config_json: &serde_json::Value) -> Result<Self> {
-        let value = config_json
-            .get(STORED_KEY)
-            .ok_or_else(|| ModelError::Config {
-                key: "nashswarm_model".into(),
-                problem: "missing from config.json; is this a packed model?".into(),
-            })?;
+        let value = config_json.get(STORED_KEY).ok_or_else(|| ModelError::Config {
+            key: "nashswarm_model".into(),
+            problem: "missing from config.json; is this a packed model?".into(),
+        })?;
         let config = Self::deserialize(value).map_err(|error| ModelError::Config {
             key: "nashswarm_model".into(),
             problem: error.to_string(),

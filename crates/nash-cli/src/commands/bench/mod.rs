@@ -122,7 +122,7 @@ impl Bench {
             load_seconds: Some(loaded.load_seconds),
             peak_memory_bytes: peak,
             resident_memory_bytes: resident,
-            experts: handle.map(|handle| handle.read()),
+            expert_use: handle.map(|handle| handle.read()),
             ..Row::default()
         })
     }
@@ -232,7 +232,9 @@ fn print(report: &Report) {
     }
     say!("{table}");
     for row in &report.rows {
-        row.experts.iter().for_each(|used| experts::print(&row.name, used));
+        row.expert_use
+            .iter()
+            .for_each(|used| experts::print(&row.name, used));
     }
 }
 
