@@ -27,7 +27,7 @@ pub fn carve(
     model: &Model,
     options: &CarveOptions,
     out: &Path,
-    save_tokenizer: &dyn Fn(&Path) -> std::io::Result<()>,
+    save_tokenizer: &write::SaveTokenizer<'_>,
     progress: &mut Progress<'_>,
 ) -> Result<CarveReport, CarveError> {
     let start = Instant::now();

@@ -170,7 +170,7 @@ impl Block<'_> {
     fn lead(
         &self,
         table: &Table<'_>,
-        seats: &mut Vec<u16>,
+        seats: &mut [u16],
         rounds: usize,
         report: &mut LayerReport,
     ) -> Result<Router, CarveError> {

@@ -23,3 +23,4 @@ pub use channels::{ChannelKind, channel_sparsity};
 pub use error::CarveError;
 pub use options::{CarveOptions, Start};
 pub use report::{CarveReport, LayerReport};
+pub use write::SaveTokenizer;

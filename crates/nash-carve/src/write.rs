@@ -12,6 +12,9 @@ use crate::CarveError;
 use crate::layer::Carved;
 use crate::report::CarveReport;
 
+/// Writes the tokenizer's text files into a folder.
+pub type SaveTokenizer<'a> = dyn Fn(&Path) -> std::io::Result<()> + 'a;
+
 /// A weight matrix as floats, `[m, n]`.
 pub(crate) fn matrix(model: &Model, name: &str) -> Result<Vec<f32>, CarveError> {
     let linear = model.linear(name).ok_or_else(|| ModelError::NoSuchLinear {
@@ -48,7 +51,7 @@ pub(crate) fn write(
     config: &ModelConfig,
     layers: &[Carved],
     report: &CarveReport,
-    (out, save_tokenizer): (&Path, &dyn Fn(&Path) -> std::io::Result<()>),
+    (out, save_tokenizer): (&Path, &SaveTokenizer<'_>),
 ) -> Result<(), CarveError> {
     let linears = model.linears();
     let floats = model.float_tensors();
