@@ -77,8 +77,9 @@ pub fn carve(
         bias: false,
     });
     for (layer, &k) in carved.layers.iter_mut().zip(&top_k) {
-        layer.experts = true;
-        layer.top_k = (k != division.top_k).then_some(k);
+        // A layer that the market gave all experts stays the dense block that it was: the same answer without a router.
+        layer.experts = !(options.market && division.top_k < division.experts && k == division.experts);
+        layer.top_k = (layer.experts && k != division.top_k).then_some(k);
     }
     let report = CarveReport {
         experts: division.experts,

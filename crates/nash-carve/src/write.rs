@@ -5,7 +5,7 @@ use std::path::Path;
 use half::f16;
 use nash_core::DType;
 use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
-use nash_models::{Model, ModelConfig, ModelError, STORED_KEY};
+use nash_models::{LinearInfo, Model, ModelConfig, ModelError, STORED_KEY};
 use serde_json::{Map, json};
 
 use crate::CarveError;
@@ -56,14 +56,21 @@ pub(crate) fn write(
     let linears = model.linears();
     let floats = model.float_tensors();
     let mut plan = Vec::new();
-    for info in linears.iter().filter(|info| !info.name.contains(".mlp.")) {
+    let stays = |info: &LinearInfo| {
+        !info.name.contains(".mlp.") || info.layer.is_some_and(|layer| !config.layers[layer].experts)
+    };
+    for info in linears.iter().filter(|info| stays(info)) {
         plan.push(Planned {
             name: format!("{}.weight", info.name),
             shape: vec![info.rows, info.cols],
             source: Source::Matrix(&info.name),
         });
     }
-    for (layer, carved) in layers.iter().enumerate() {
+    let mixtures = layers
+        .iter()
+        .enumerate()
+        .filter(|(layer, _)| config.layers[*layer].experts);
+    for (layer, carved) in mixtures {
         plan_layer(&mut plan, config.hidden_size, layer, carved);
     }
     for (name, shape, values) in &floats {

@@ -124,13 +124,16 @@ fn a_market_divides_the_same_number_of_experts() {
             .iter()
             .all(|layer| layer.kl.is_some_and(f64::is_finite))
     );
-    let config = load(dir.path()).config().clone();
+    let model = load(dir.path());
+    assert!(logits(&model).iter().all(|v| v.is_finite()));
+    let config = model.config().clone();
     let moe = config.moe.unwrap();
-    let stored: usize = config
-        .layers
-        .iter()
-        .map(|layer| layer.top_k.unwrap_or(moe.top_k))
-        .sum();
+    // A layer with all experts is stored as the dense block.
+    let of = |layer: &nash_models::LayerConfig| match layer.experts {
+        true => layer.top_k.unwrap_or(moe.top_k),
+        false => moe.experts,
+    };
+    let stored: usize = config.layers.iter().map(of).sum();
     assert_eq!(stored, spent);
 }
 
