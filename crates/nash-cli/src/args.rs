@@ -51,6 +51,7 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     Demo(commands::demo::Demo),
     Compress(commands::compress::Compress),
+    Carve(commands::carve::Carve),
     Eval(commands::eval::Eval),
     Compare(commands::compare::Compare),
     Ablate(commands::ablate::Ablate),

@@ -7,6 +7,7 @@ mod args;
 mod calibration;
 mod commands;
 mod contest;
+mod experts;
 mod failure;
 mod format;
 mod generate;

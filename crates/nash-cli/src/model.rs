@@ -18,6 +18,8 @@ use crate::ui::{Ui, Unit};
 pub(crate) struct Loaded {
     /// Where it is.
     pub(crate) path: PathBuf,
+    /// What tables call it, if not by its path.
+    pub(crate) label: Option<String>,
     /// Its file or folder.
     pub(crate) file: Arc<ModelFile>,
     pub(crate) model: Model,
@@ -91,6 +93,7 @@ pub(crate) fn load(name: &Path, ui: &Ui) -> anyhow::Result<Loaded> {
     ui.finish();
     Ok(Loaded {
         path,
+        label: None,
         file,
         model,
         tokenizer,
@@ -121,7 +124,7 @@ impl Loaded {
 
     /// A short name for tables: that of the file or folder.
     pub(crate) fn name(&self) -> String {
-        name(&self.path)
+        self.label.clone().unwrap_or_else(|| name(&self.path))
     }
 }
 

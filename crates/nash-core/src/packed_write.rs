@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::atomic::{self, AtomicFile};
 use crate::error::{CoreError, ErrorKind, Result};
 use crate::hash::sha256;
-use crate::hf::{CONFIG_FILE, WEIGHTS_FILE};
+use crate::hf::{CONFIG_FILE, HfFolder, WEIGHTS_FILE};
 use crate::packed::{
     FORMAT_VERSION, PackedEntry, QUANT_METHOD, QUANTIZATION_KEY, QuantizationConfig, REPORT_FILE, SHA256_KEY,
     check_finite, packed_digest, part_names,
@@ -386,12 +386,35 @@ impl PackedWriter {
         mut config: Map<String, Value>,
         mut report: Map<String, Value>,
     ) -> Result<PackedFolder> {
+        config.insert(
+            QUANTIZATION_KEY.to_owned(),
+            json!(self.layout.quantization_config()),
+        );
+        report.insert(SHA256_KEY.to_owned(), json!(self.digests));
+        let dir = self.commit(config, Some(report))?;
+        PackedFolder::open(dir)
+    }
+
+    /// Makes the folder a model of floats alone, as Hugging Face publishes them, and opens it. It has no packed tensors, no digests and no report.
+    ///
+    /// # Errors
+    /// A tensor of the layout was not written, one is packed, or the system refuses.
+    pub fn finish_floats(self, config: Map<String, Value>) -> Result<HfFolder> {
+        if let Some(name) = self.layout.packed.keys().next() {
+            return Err(ErrorKind::NotFloat { dtype: DType::U8 }.into())
+                .map_err(|e: CoreError| e.with_tensor(name));
+        }
+        let dir = self.commit(config, None)?;
+        HfFolder::open(dir)
+    }
+
+    fn commit(self, config: Map<String, Value>, report: Option<Map<String, Value>>) -> Result<PathBuf> {
         let Self {
             dir,
             layout,
             file,
             written,
-            digests,
+            ..
         } = self;
         if let Some(name) = layout.entries.keys().find(|name| !written.contains(*name)) {
             let kind = ErrorKind::MissingTensor {
@@ -399,8 +422,6 @@ impl PackedWriter {
             };
             return Err(CoreError::new(kind).with_tensor(name).with_path(file.path()));
         }
-        config.insert(QUANTIZATION_KEY.to_owned(), json!(layout.quantization_config()));
-        report.insert(SHA256_KEY.to_owned(), json!(digests));
         let config_path = dir.join(CONFIG_FILE);
         match fs::remove_file(&config_path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -409,9 +430,11 @@ impl PackedWriter {
             _ => atomic::sync_folder(&dir)?,
         }
         file.commit()?;
-        atomic::write(dir.join(REPORT_FILE), compact(report))?;
+        if let Some(report) = report {
+            atomic::write(dir.join(REPORT_FILE), compact(report))?;
+        }
         atomic::write(config_path, compact(config))?;
-        PackedFolder::open(dir)
+        Ok(dir)
     }
 }
 

@@ -43,12 +43,15 @@ impl<'a> ModelScorer<'a> {
 
     /// Weight bytes that one generated token reads: every linear, of the experts the share that is chosen.
     pub fn bytes_per_token(&self) -> u64 {
-        let share = self
-            .model
-            .config()
-            .moe
-            .as_ref()
-            .map_or(1.0, |moe| moe.top_k as f64 / moe.experts as f64);
+        let config = self.model.config();
+        let share = |layer: Option<usize>| {
+            config.moe.as_ref().map_or(1.0, |moe| {
+                let top_k = layer
+                    .and_then(|layer| config.layers[layer].top_k)
+                    .unwrap_or(moe.top_k);
+                top_k as f64 / moe.experts as f64
+            })
+        };
         let bytes = self.model.linears().into_iter().map(|info| {
             let bytes = self
                 .model
@@ -56,7 +59,7 @@ impl<'a> ModelScorer<'a> {
                 .map_or(0, |linear| linear.resident_bytes()) as f64;
             match info.site {
                 Site::Embedding => 0.0,
-                Site::ExpertIn(_) | Site::ExpertDown(_) => bytes * share,
+                Site::ExpertIn(_) | Site::ExpertDown(_) => bytes * share(info.layer),
                 _ => bytes,
             }
         });

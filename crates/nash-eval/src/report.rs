@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::routing::ExpertUse;
+
 /// Perplexity over the windows of a text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PerplexityReport {
@@ -183,6 +185,9 @@ pub struct Row {
     /// Speed.
     #[serde(flatten)]
     pub speed: Option<SpeedReport>,
+    /// What the tokens of a mixture of experts touched, if a routing rule was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_use: Option<ExpertUse>,
     /// Seconds to compress.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress_seconds: Option<f64>,

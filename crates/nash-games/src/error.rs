@@ -67,6 +67,14 @@ pub enum GameError {
         /// Tokens one expert takes.
         capacity: usize,
     },
+    /// A neuron sits in an expert that does not exist.
+    #[error("a neuron has a seat in expert {seat}, there are {experts} experts")]
+    Seat {
+        /// The expert.
+        seat: usize,
+        /// Experts there are.
+        experts: usize,
+    },
     /// A token sees a neighbour that does not see it: such a game has no potential, and play may never end.
     #[error("token {from} has token {to} as a neighbour but not the other way round")]
     Directed {

@@ -10,6 +10,7 @@
 //! | [`allocation`] | what the market is compared with, and what refines it: greedy, knapsack, pairwise, evolution, particle swarm |
 //! | [`propagation`] | targets that make up for the errors of the layers before |
 //! | [`market`] | tensors buy bits at a price that clears the byte budget |
+//! | [`carving`] | neurons of a dense block choose experts, tokens choose among them; certificates |
 //! | [`routing`] | tokens choose experts: congestion, neighbours, prices, cached equilibria, their certificates |
 //! | [`certificate`] | regret of every player, computed without the solvers' code |
 //!
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod allocation;
+pub mod carving;
 pub mod certificate;
 pub mod codebook;
 mod error;

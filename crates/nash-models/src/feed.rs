@@ -1,13 +1,15 @@
 //! Feed-forward blocks: the gated or plain MLP and the mixture of experts with plain top-k routing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nash_kernels::{Activations, dense, pool};
 
+use crate::channels::ChannelSparsity;
 use crate::config::{Activation, MoeConfig, Scoring};
 use crate::linear::Input;
 use crate::manifest::Site;
 use crate::math;
+use crate::routing::{RoutingCall, RoutingPolicy};
 use crate::scratch::{MlpScratch, MoeScratch, Routed, Scratch, sized};
 use crate::tap::Tap;
 use crate::weights::{Projected, Projection, Weights};
@@ -42,6 +44,8 @@ pub(crate) struct Context<'a> {
     pub(crate) weights: &'a Weights,
     pub(crate) layer: usize,
     pub(crate) activation: Activation,
+    pub(crate) channels: Option<&'a ChannelSparsity>,
+    pub(crate) routing: Option<&'a Mutex<Box<dyn RoutingPolicy>>>,
     pub(crate) tap: &'a mut dyn Tap,
 }
 
@@ -115,7 +119,12 @@ impl Mlp {
         let kind = cx.activation;
         let MlpScratch { gate, up, .. } = buffers;
         let inner: &[f32] = if self.gate.is_some() {
+            let sparse = cx.channels.filter(|_| down == Site::MlpDown);
+            let opened = sparse.map_or_else(Vec::new, |_| gate.clone());
             activate_gated(kind, gate, up);
+            if let Some(channels) = sparse {
+                channels.apply(cx.layer, &opened, gate, kind);
+            }
             gate
         } else {
             pool::for_each_chunk(up, CHUNK, |_, up| math::activate(kind, up));
@@ -139,6 +148,9 @@ fn activate_gated(kind: Activation, gate: &mut [f32], up: &[f32]) {
         math::activate_gated(kind, gate, &up[i * CHUNK..])
     });
 }
+
+/// The shared expert and its buffers.
+type Shared<'a> = (&'a Mlp, &'a mut MlpScratch);
 
 /// Which projection of an expert, and the outputs of all experts, in order.
 type Output<'a> = (fn(&Mlp) -> Option<&Projection>, &'a mut [f32]);
@@ -176,8 +188,9 @@ impl Experts {
         let tokens = input.tokens();
         cx.tap.input(cx.layer, Site::Router, normed, tokens, d);
         cx.weights.project(&self.router, &input, &mut moe.scores);
-        // The shared expert reads the same input, quantized once. Its answer is the start of the sum.
-        match &self.shared {
+        // The shared expert reads the same input, quantized once. Its answer is the start of the sum. For one token it is multiplied together with the routed ones.
+        let together = tokens == 1 && self.shared_gate.is_none();
+        match self.shared.as_ref().filter(|_| !together) {
             Some(shared) => {
                 cx.tap.input(cx.layer, Site::SharedIn, normed, tokens, d);
                 shared.forward(cx, Site::SharedDown, input, mlp, out);
@@ -193,17 +206,26 @@ impl Experts {
                 sized(out, tokens * d).fill(0.0);
             }
         }
+        self.rank(cx, (normed, d), moe);
         self.route(moe);
-        self.mix(cx, normed, moe, out);
+        let shared = self.shared.as_ref().filter(|_| together);
+        self.mix(cx, normed, moe, out, shared.map(|shared| (shared, mlp)));
     }
 
     /// Adds to `out [T, d]` what the chosen experts answer to `normed [T, d]`.
-    fn mix(&self, cx: &mut Context<'_>, normed: &[f32], moe: &mut MoeScratch, out: &mut [f32]) {
+    fn mix(
+        &self,
+        cx: &mut Context<'_>,
+        normed: &[f32],
+        moe: &mut MoeScratch,
+        out: &mut [f32],
+        mut shared: Option<Shared<'_>>,
+    ) {
         let routed = std::mem::take(&mut moe.routed);
         let mut rest = &routed[..];
         while !rest.is_empty() {
             let part = take_part(&mut rest);
-            self.mix_part(cx, (normed, part), moe, out);
+            self.mix_part(cx, (normed, part), moe, out, shared.take());
         }
         moe.routed = routed;
     }
@@ -215,6 +237,7 @@ impl Experts {
         (normed, routed): (&[f32], &[Routed]),
         moe: &mut MoeScratch,
         out: &mut [f32],
+        mut shared: Option<Shared<'_>>,
     ) {
         let MoeScratch {
             gathered,
@@ -242,17 +265,50 @@ impl Experts {
         }
         let (gates, ups) = (sized(gate, routed.len() * f), sized(up, routed.len() * f));
         let outputs: &mut [Output<'_>] = &mut [(|e| e.gate.as_ref(), gates), (|e| Some(&e.up), ups)];
-        self.project(weights, routed, &inputs, outputs);
+        let mut besides = Vec::new();
+        if let Some((shared, buffers)) = &mut shared {
+            cx.tap.input(cx.layer, Site::SharedIn, x, 1, d);
+            let MlpScratch { gate, up, .. } = &mut **buffers;
+            for (projection, y) in [(shared.gate.as_ref(), gate), (Some(&shared.up), up)] {
+                let Some(projection) = projection else { continue };
+                besides.push(Projected {
+                    projection,
+                    input: &inputs[0],
+                    y: sized(y, weights.info(projection.slot).rows),
+                });
+            }
+        }
+        self.project(weights, routed, &inputs, outputs, besides);
         activations.extend(inputs.into_iter().map(Input::into_buffer));
 
         activate_gated(cx.activation, gate, up);
 
         let mut inputs = self.inputs(cx, (gate, f), Site::ExpertDown, routed, activations);
+        let shared = shared.map(|(shared, buffers)| {
+            let MlpScratch {
+                gate,
+                up,
+                activations,
+            } = buffers;
+            activate_gated(cx.activation, gate, up);
+            cx.tap.input(cx.layer, Site::SharedDown, gate, 1, gate.len());
+            // Behind those of the routed experts.
+            inputs.push(Input::with_buffer(gate, gate.len(), std::mem::take(activations)));
+            (&shared.down, activations)
+        });
         if weights.is_packed(&first.down) {
             Input::quantize_each(&mut inputs);
         }
         let outputs: &mut [Output<'_>] = &mut [(|e| Some(&e.down), sized(answers, routed.len() * d))];
-        self.project(weights, routed, &inputs, outputs);
+        let mut besides = Vec::new();
+        if let (Some((projection, _)), Some(input)) = (&shared, inputs.last()) {
+            let y = &mut *out;
+            besides.push(Projected { projection, input, y });
+        }
+        self.project(weights, routed, &inputs, outputs, besides);
+        if let Some((_, buffer)) = shared {
+            *buffer = inputs.pop().map(Input::into_buffer).unwrap_or_default();
+        }
         activations.extend(inputs.into_iter().map(Input::into_buffer));
 
         for (row, answer) in routed.iter().zip(answers.chunks_exact(d)) {
@@ -291,15 +347,17 @@ impl Experts {
         inputs
     }
 
-    /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs.
+    /// Projects the input of every expert, or the only input for all of them, into its rows of the outputs, and what is to be projected besides.
     fn project<'a>(
         &'a self,
         weights: &Weights,
         routed: &[Routed],
         inputs: &'a [Input<'a>],
         outputs: &mut [Output<'a>],
+        besides: Vec<Projected<'a>>,
     ) {
-        let mut products = Vec::with_capacity(outputs.len() * self.config.experts.min(routed.len()));
+        let mut products = besides;
+        products.reserve(outputs.len() * self.config.experts.min(routed.len()));
         for (i, group) in by_expert(routed).enumerate() {
             let expert = &self.experts[group[0].expert];
             let input = inputs.get(i).unwrap_or(&inputs[0]);
@@ -313,7 +371,42 @@ impl Experts {
         weights.project_all(&mut products);
     }
 
-    /// Sorts the tokens by expert into `moe.routed`, given the router's logits `moe.scores [T, experts]`.
+    /// Turns the router's logits `moe.scores [T, experts]` into scores, and into `moe.ranks [T, experts]`, by which tokens choose.
+    fn rank(&self, cx: &Context<'_>, (x, width): (&[f32], usize), moe: &mut MoeScratch) {
+        let config = &self.config;
+        let MoeScratch { scores, ranks, .. } = moe;
+        for scores in scores.chunks_exact_mut(config.experts) {
+            match config.scoring {
+                Scoring::Softmax => math::softmax(scores),
+                Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = math::sigmoid(*s)),
+                Scoring::Unit => {}
+            }
+        }
+        // The choice goes by score plus correction, the mixing by the score alone.
+        ranks.clone_from(scores);
+        for ranks in ranks.chunks_exact_mut(config.experts) {
+            if let Some(correction) = &self.correction {
+                ranks
+                    .iter_mut()
+                    .zip(correction.iter())
+                    .for_each(|(rank, c)| *rank += c);
+            }
+            self.close_groups(ranks);
+        }
+        if let Some(policy) = cx.routing {
+            let mut policy = policy.lock().unwrap_or_else(PoisonError::into_inner);
+            policy.rank(RoutingCall {
+                layer: cx.layer,
+                x,
+                width,
+                ranks,
+                experts: config.experts,
+                top_k: config.top_k,
+            });
+        }
+    }
+
+    /// Sorts the tokens by expert into `moe.routed`, given scores and ranks.
     fn route(&self, moe: &mut MoeScratch) {
         let config = &self.config;
         let MoeScratch {
@@ -324,21 +417,10 @@ impl Experts {
             ..
         } = moe;
         routed.clear();
-        for (token, scores) in scores.chunks_exact_mut(config.experts).enumerate() {
-            match config.scoring {
-                Scoring::Softmax => math::softmax(scores),
-                Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = math::sigmoid(*s)),
-            }
-            // The choice goes by score plus correction, the mixing by the score alone.
-            ranks.clear();
-            ranks.extend_from_slice(scores);
-            if let Some(correction) = &self.correction {
-                ranks
-                    .iter_mut()
-                    .zip(correction.iter())
-                    .for_each(|(rank, c)| *rank += c);
-            }
-            self.close_groups(ranks);
+        let rows = scores
+            .chunks_exact(config.experts)
+            .zip(ranks.chunks_exact(config.experts));
+        for (token, (scores, ranks)) in rows.enumerate() {
             order.clear();
             order.extend(0..config.experts);
             order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
@@ -352,7 +434,10 @@ impl Experts {
             routed.extend(order.iter().map(|&expert| Routed {
                 expert,
                 token,
-                weight: scores[expert] * scale,
+                weight: match config.scoring {
+                    Scoring::Unit => config.scale,
+                    _ => scores[expert] * scale,
+                },
             }));
         }
         routed.sort_unstable_by_key(|row| (row.expert, row.token));

@@ -23,6 +23,7 @@
 mod attention;
 mod backward;
 mod cache;
+mod channels;
 mod config;
 mod error;
 mod feed;
@@ -36,6 +37,7 @@ mod model;
 mod names;
 mod norm;
 mod rope;
+mod routing;
 mod sampler;
 mod scratch;
 mod stacked;
@@ -46,16 +48,18 @@ mod weights;
 
 pub use backward::GradientTap;
 pub use cache::{KvCache, KvType};
+pub use channels::{ChannelRule, ChannelSparsity};
 pub use config::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
-    NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, Scoring,
-    SharedExpert, VocabParts,
+    NormKind, NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle,
+    STORED_KEY, Scoring, SharedExpert, VocabParts,
 };
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateOptions, Generator, PREFILL_CHUNK, Progress};
 pub use linear::{DenseLinear, FloatLinear, Input, Linear, PackedLinear};
 pub use manifest::{LinearInfo, Site, matrix_name};
 pub use model::Model;
+pub use routing::{RoutingCall, RoutingPolicy};
 pub use sampler::{Sampler, SamplingParams, argmax};
 pub use stop::{StopMatch, StopMatcher};
 pub use tap::Tap;

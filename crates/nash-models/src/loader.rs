@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use nash_core::{DType, ModelFile, Region, Tensor};
 
-use crate::config::{Family, ModelConfig, NormPlacement, QkNorm, VocabParts, gguf_family};
+use crate::config::{
+    Family, ModelConfig, MoeConfig, NormPlacement, QkNorm, VocabParts, gguf_family, is_stored,
+};
 use crate::error::{ModelError, Result};
 use crate::feed::{Experts, Feed, Mlp};
 use crate::layer::Layer;
@@ -43,6 +45,11 @@ pub(crate) fn load(file: &ModelFile, cut: impl FnOnce(&ModelConfig) -> VocabPart
     }
     let loader = Loader {
         file,
+        canonical: match file {
+            ModelFile::Gguf(_) => false,
+            ModelFile::Hf(folder) => is_stored(folder.config()),
+            ModelFile::Packed(_) => true,
+        },
         family,
         config: &config,
     };
@@ -103,6 +110,8 @@ struct Found {
 
 struct Loader<'a> {
     file: &'a ModelFile,
+    /// Tensors have the names and the form of this crate.
+    canonical: bool,
     family: &'static Family,
     config: &'a ModelConfig,
 }
@@ -116,8 +125,8 @@ impl Loader<'_> {
 
     fn find(&self, key: TensorKey) -> Result<Found> {
         let candidates = match self.file {
+            _ if self.canonical => vec![(key.name(), Part::Whole)],
             ModelFile::Gguf(_) => key.gguf_candidates(),
-            ModelFile::Packed(_) => vec![(key.name(), Part::Whole)],
             _ => key.hf_candidates(self.family),
         };
         for (name, part) in &candidates {
@@ -188,7 +197,8 @@ impl Loader<'_> {
         let (first, all) = spec.range.unwrap_or(self.rows(part, rows));
         let conv1d = self.family.names.transposed
             && spec.info.layer.is_some()
-            && matches!(self.file, ModelFile::Hf(_));
+            && matches!(self.file, ModelFile::Hf(_))
+            && !self.canonical;
         if conv1d {
             self.check_shape(&tensor, &[cols, all])?;
             return Ok(Arc::new(FloatLinear::new(transpose(
@@ -290,7 +300,8 @@ impl Loader<'_> {
                 tensor.to_f32()?[first..first + elements].to_vec()
             }
         };
-        if spec.norm_weight && self.family.hf_norm_minus_one && matches!(self.file, ModelFile::Hf(_)) {
+        let minus_one = self.family.hf_norm_minus_one && matches!(self.file, ModelFile::Hf(_));
+        if spec.norm_weight && minus_one && !self.canonical {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
         Ok(values.into())
@@ -399,7 +410,10 @@ impl Assembly<'_> {
             })
         };
         Ok(Feed::Experts(Box::new(Experts {
-            config: moe.clone(),
+            config: MoeConfig {
+                top_k: self.config.layers[i].top_k.unwrap_or(moe.top_k),
+                ..moe.clone()
+            },
             router: self.projection("layers.{i}.mlp.router.{p}", i, 0)?,
             correction: self.float("layers.{i}.mlp.router.correction_bias", i),
             experts: (0..moe.experts).map(expert).collect::<Result<_>>()?,

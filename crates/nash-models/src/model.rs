@@ -3,14 +3,15 @@
 //! T tokens, d = hidden size, V = vocabulary. Every method takes `&self` and keeps its state in the [`KvCache`], so one
 //! model serves many sequences. For one instruction set the results are bit-identical for any number of threads.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nash_core::ModelFile;
 
 use crate::cache::KvCache;
+use crate::channels::{ChannelRule, ChannelSparsity};
 use crate::config::{ModelConfig, Positions, VocabParts};
 use crate::error::{ModelError, Result};
-use crate::feed::Context;
+use crate::feed::{Context, Feed, Mlp};
 use crate::layer::{Call, Layer, RopeTables};
 use crate::linear::{Input, Linear};
 use crate::loader;
@@ -18,6 +19,7 @@ use crate::manifest::{LinearInfo, Site};
 use crate::math;
 use crate::norm::Norm;
 use crate::rope;
+use crate::routing::RoutingPolicy;
 use crate::tap::Tap;
 use crate::vocabulary::Vocabulary;
 use crate::weights::Weights;
@@ -31,6 +33,9 @@ pub struct Model {
     /// `[positions, d]`.
     positions: Option<Arc<[f32]>>,
     pub(crate) rope: RopeTables,
+    pub(crate) channels: Option<ChannelSparsity>,
+    /// Behind a lock, since sequences share it.
+    routing: Option<Mutex<Box<dyn RoutingPolicy>>>,
     embedding: Vocabulary,
     /// `None` if it is the embedding.
     head: Option<Vocabulary>,
@@ -92,6 +97,8 @@ impl Model {
             final_norm,
             positions,
             rope,
+            channels: None,
+            routing: None,
             embedding,
             head,
         })
@@ -121,6 +128,50 @@ impl Model {
     /// There is no linear of this name, or the new one has another shape.
     pub fn set_linear(&mut self, name: &str, linear: Arc<dyn Linear>) -> Result<()> {
         self.weights.set(name, linear)
+    }
+
+    /// Lets a rule rank experts from now on; `None` for plain top-k. It does nothing in a model without experts.
+    pub fn set_routing(&mut self, policy: Option<Box<dyn RoutingPolicy>>) {
+        self.routing = policy.map(Mutex::new);
+    }
+
+    /// Lets the dense gated blocks keep only some of their neurons per token, from now on; `None` for all.
+    ///
+    /// # Errors
+    /// The norms or thresholds are not one per layer, of the blocks' width.
+    pub fn set_channels(&mut self, channels: Option<ChannelSparsity>) -> Result<()> {
+        if let Some(channels) = &channels {
+            let (layers, f) = (self.config.num_layers(), self.config.mlp.intermediate);
+            let thresholds = match &channels.rule {
+                ChannelRule::Largest(_) => layers,
+                ChannelRule::Above(each) | ChannelRule::GateAbove(each) => each.len(),
+            };
+            let fits = channels.norms.iter().all(|norms| norms.len() == f);
+            if thresholds != layers || channels.norms.len() != layers || !fits {
+                return Err(ModelError::Config {
+                    key: "channels".into(),
+                    problem: format!(
+                        "{thresholds} thresholds and {} norms for {layers} layers",
+                        channels.norms.len()
+                    ),
+                });
+            }
+        }
+        self.channels = channels;
+        Ok(())
+    }
+
+    /// What the gate of a dense block gives after its nonlinearity, `[T, f]`, for inputs `x [T, d]`; empty for other blocks.
+    #[must_use]
+    pub fn gate(&self, layer: usize, x: &[f32]) -> Vec<f32> {
+        let Feed::Dense(Mlp { gate: Some(gate), .. }) = &self.layers[layer].feed else {
+            return Vec::new();
+        };
+        let mut out = Vec::new();
+        let input = Input::new(x, self.config.hidden_size);
+        self.weights.project(gate, &input, &mut out);
+        math::activate(self.config.mlp.activation, &mut out);
+        out
     }
 
     /// Everything that is not a weight matrix (norms, biases, position table): canonical name, shape, values.
@@ -256,6 +307,8 @@ impl Model {
             weights: &self.weights,
             layer,
             activation: self.config.mlp.activation,
+            channels: self.channels.as_ref(),
+            routing: self.routing.as_ref(),
             tap,
         };
         self.layers[layer].forward(&call, &mut context, x, cache)

@@ -41,8 +41,9 @@ pub(crate) struct MlpScratch {
 pub(crate) struct MoeScratch {
     /// `[T, experts]`.
     pub(crate) scores: Vec<f32>,
-    /// `[experts]`: scores of one token as the choice sees them, and the experts in their order.
+    /// `[T, experts]`: scores as the choice sees them.
     pub(crate) ranks: Vec<f32>,
+    /// `[experts]`: the experts of one token in their order.
     pub(crate) order: Vec<usize>,
     /// `[A]`.
     pub(crate) routed: Vec<Routed>,

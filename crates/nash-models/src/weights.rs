@@ -16,6 +16,8 @@ pub(crate) type FloatTensor = (String, Vec<usize>, Arc<[f32]>);
 struct Slot {
     info: LinearInfo,
     linear: Arc<dyn Linear>,
+    /// Whether it is packed; asked once, since every answer checks the matrix again.
+    packed: bool,
 }
 
 /// All weights.
@@ -49,7 +51,8 @@ const CHECK_ROWS: usize = 64;
 impl Weights {
     pub(crate) fn push(&mut self, info: LinearInfo, linear: Arc<dyn Linear>) -> usize {
         self.index.insert(info.name.clone(), self.slots.len());
-        self.slots.push(Slot { info, linear });
+        let packed = linear.packed().is_some();
+        self.slots.push(Slot { info, linear, packed });
         self.slots.len() - 1
     }
 
@@ -86,6 +89,7 @@ impl Weights {
                 found: vec![linear.rows(), linear.cols()],
             });
         }
+        self.slots[slot].packed = linear.packed().is_some();
         self.slots[slot].linear = linear;
         Ok(())
     }
@@ -135,7 +139,7 @@ impl Weights {
 
     /// Whether the projection reads its input as int8.
     pub(crate) fn is_packed(&self, projection: &Projection) -> bool {
-        self.slots[projection.slot].linear.packed().is_some()
+        self.slots[projection.slot].packed
     }
 
     /// Looks for the first weight that is not a finite number.

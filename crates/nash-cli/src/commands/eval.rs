@@ -3,12 +3,16 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, value_parser};
+use nash_carve::ChannelKind;
 use nash_eval::report::{Report, Row};
+use nash_eval::routing::{ExpertRules, UseHandle};
 use nash_eval::{ModelScorer, Scorer, Windows, memory};
 use nash_text::Tokenizer;
 
 use crate::args::{Json, KvName, ModelsArg, Threads};
+use crate::calibration::{Source, calibration};
+use crate::experts::{self, Experts};
 use crate::model::{self, Loaded};
 use crate::out::say;
 use crate::sizes::size_report;
@@ -51,22 +55,80 @@ pub(crate) struct Eval {
     /// once, which no cache is read for]
     #[arg(long, visible_alias = "ctk", value_name = "TYPE")]
     kv_type: Option<KvName>,
+    /// Let dense models keep only this share of the neurons of their feed-forward blocks, token by token: the yardstick of `carve`. Thresholds are found on
+    /// other text (`--calibration`)
+    #[arg(long, value_name = "largest|above|gate=SHARE", value_parser = channels)]
+    channels: Vec<(ChannelKind, f64)>,
+    /// Text to find thresholds on: a file, `book` (comes with the program) or `self` (the model writes it)
+    #[arg(long, value_name = "FILE|book|self", default_value = "book", value_parser = value_parser!(Source))]
+    calibration: Source,
+    #[command(flatten)]
+    experts: Experts,
     #[command(flatten)]
     threads: Threads,
     #[command(flatten)]
     json: Json,
 }
 
+/// Tokens that thresholds are found on.
+const THRESHOLD_TOKENS: usize = 4096;
+
 impl Eval {
+    /// Adds a copy of each model for every rule of `--channels`.
+    fn thin(&self, models: &mut Vec<Loaded>, ui: &Ui) -> anyhow::Result<()> {
+        if self.channels.is_empty() {
+            return Ok(());
+        }
+        let paths: Vec<_> = self.models.paths().map(Path::to_owned).collect();
+        for path in &paths {
+            for &(kind, share) in &self.channels {
+                let mut loaded = model::load(path, ui)?;
+                let text = calibration(&self.calibration, &loaded, THRESHOLD_TOKENS, 0, ui)?;
+                let rule = nash_carve::channel_sparsity(&loaded.model, kind, share, &text.windows)?;
+                loaded.model.set_channels(Some(rule))?;
+                loaded.label = Some(format!("{}, {kind:?} {share}", loaded.name()));
+                models.push(loaded);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives each model the rule of `--routing`, and for several rewards a copy each.
+    fn route(&self, models: &mut Vec<Loaded>, ui: &Ui) -> anyhow::Result<Vec<Option<UseHandle>>> {
+        let mut handles = Vec::new();
+        for mut loaded in std::mem::take(models) {
+            let rules = self.experts.rules(&loaded)?;
+            let Some((&first, others)) = rules.split_first() else {
+                models.push(loaded);
+                handles.push(None);
+                continue;
+            };
+            let name = loaded.name();
+            let label = |rules: ExpertRules| Some(format!("{name}, reward {}", rules.reward));
+            for &rules in others {
+                let mut copy = model::load(&loaded.path, ui)?;
+                handles.push(Some(experts::install(&mut copy, rules)));
+                copy.label = label(rules);
+                models.push(copy);
+            }
+            handles.push(Some(experts::install(&mut loaded, first)));
+            loaded.label = label(first);
+            models.push(loaded);
+        }
+        Ok(handles)
+    }
+
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
         let text = self.text.as_deref().map(model::read_text).transpose()?;
         let text = text.as_deref().unwrap_or(texts::EVALUATION);
-        let models = self
+        let mut models = self
             .models
             .paths()
             .map(|path| model::load(path, ui))
             .collect::<anyhow::Result<Vec<_>>>()?;
+        self.thin(&mut models, ui)?;
+        let handles = self.route(&mut models, ui)?;
         let reference = self
             .reference
             .as_deref()
@@ -76,17 +138,41 @@ impl Eval {
             return Ok(());
         };
         let windows = windows(first.tokenizer()?, text, self.ctx, self.chunks)?;
-        let rows = match &reference {
+        let mut rows = match &reference {
             Some(reference) => compare(reference, &models, (&windows, self.kv_type), ui)?,
             None => measure(&models, (&windows, self.kv_type), ui)?,
         };
+        let first = rows.len() - handles.len().min(rows.len());
+        for (row, handle) in rows[first..].iter_mut().zip(&handles) {
+            row.expert_use = handle.as_ref().map(UseHandle::read);
+        }
         let report = Report { rows };
         self.json.write(&report)?;
         if !self.json.replaces_table() {
             say!("{}", eval_table(&report.rows));
             say!("{}", protocol(&windows, self.text.as_deref()));
+            for row in &report.rows {
+                row.expert_use
+                    .iter()
+                    .for_each(|used| experts::print(&row.name, used));
+            }
         }
         Ok(())
+    }
+}
+
+/// A rule and a share.
+fn channels(text: &str) -> Result<(ChannelKind, f64), String> {
+    let (kind, share) = text.split_once('=').ok_or("write it as RULE=SHARE")?;
+    let kind = match kind {
+        "largest" => ChannelKind::Largest,
+        "above" => ChannelKind::Above,
+        "gate" => ChannelKind::Gate,
+        _ => return Err(format!("`{kind}` is not largest, above or gate")),
+    };
+    match share.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok((kind, share)),
+        _ => Err(format!("{share} is not between 0 and 1")),
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod ablate;
 pub(crate) mod bench;
+pub(crate) mod carve;
 pub(crate) mod chat;
 pub(crate) mod compare;
 pub(crate) mod completions;
@@ -26,6 +27,7 @@ pub(crate) fn run(command: Command, global: &Global) -> anyhow::Result<()> {
     match command {
         Command::Demo(demo) => demo.run(&ui),
         Command::Compress(compress) => compress.run(&ui),
+        Command::Carve(carve) => carve.run(&ui),
         Command::Eval(eval) => eval.run(&ui),
         Command::Compare(compare) => compare.run(&ui),
         Command::Ablate(ablate) => ablate.run(&ui),

@@ -8,6 +8,7 @@ use clap::Args;
 use nash_text::{Message, RenderOptions, Tokenizer};
 
 use crate::args::{ModelArg, Sampling, Threads};
+use crate::experts::{self, Experts};
 use crate::failure::Hint as _;
 use crate::generate::{Limits, Session};
 use crate::out::say;
@@ -44,13 +45,16 @@ pub(crate) struct Run {
     threads: Threads,
     #[command(flatten)]
     sampling: Sampling,
+    #[command(flatten)]
+    experts: Experts,
 }
 
 impl Run {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
         let prompt = self.prompt()?;
-        let loaded = model::load(self.model.path(), ui)?;
+        let mut loaded = model::load(self.model.path(), ui)?;
+        let handle = self.experts.apply(&mut loaded)?;
         let tokens = self.tokens(loaded.tokenizer()?, &prompt)?;
         let mut session = Session::new(&loaded, &self.limits, &self.sampling)?;
         let answer = session.answer(&tokens, ui, &mut |piece| {
@@ -60,6 +64,9 @@ impl Run {
         say!("");
         interrupt::check()?;
         tracing::info!("{}", answer.statistics);
+        if let Some(used) = handle.map(|handle| handle.read()) {
+            tracing::info!("{}", experts::summary(&used));
+        }
         answer.warn();
         Ok(())
     }

@@ -6,5 +6,6 @@
 mod common;
 mod contests;
 mod glue;
+mod mixtures;
 mod models;
 mod usage;

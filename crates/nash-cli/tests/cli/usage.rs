@@ -8,6 +8,7 @@ fn help() {
     for command in [
         "demo",
         "compress",
+        "carve",
         "compare",
         "ablate",
         "eval",

@@ -10,10 +10,12 @@
 
 mod layer;
 mod measure;
+mod policy;
 mod source;
 
 pub use layer::{DenseLayer, MixtureLayer};
 pub use measure::routing_rows;
+pub use policy::{ExpertRouting, ExpertRules, ExpertUse, UseHandle};
 pub use source::{Batch, Source};
 
 use serde::{Deserialize, Serialize};

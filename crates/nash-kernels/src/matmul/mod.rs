@@ -99,8 +99,8 @@ pub fn matmul_with(isa: Isa, w: PackedRef<'_>, x: &Activations, y: &mut [f32]) {
     multiply_on(pool::global(), isa, [Product { w, x, y }]);
 }
 
-/// Products that are shared out together, at most.
-const TOGETHER: usize = 24;
+/// Products that are shared out together, at most: gate and up of some 30 small experts.
+const TOGETHER: usize = 64;
 
 fn multiply_on<'a>(pool: &Pool, isa: Isa, products: impl IntoIterator<Item = Product<'a>>) {
     let kernel = Kernel::of(isa);

@@ -254,6 +254,7 @@ impl Keys<'_> {
                     (None, _) => true,
                 };
                 LayerConfig {
+                    top_k: None,
                     sliding: sliding && window.is_some(),
                     experts: self.has(&format!("blk.{layer}.ffn_gate_inp.weight")),
                 }

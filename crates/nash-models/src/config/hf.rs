@@ -8,18 +8,21 @@ use serde_json::Value;
 use super::family::{BiasRule, Family, QkNormRule, SharedRule, WindowRule};
 use super::{
     Activation, AttentionConfig, ExpertGroups, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormConfig,
-    NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, SharedExpert,
-    check_layers,
+    NormPlacement, Positions, QkNorm, RopeConfig, RopeFrequencies, RopeScaling, RopeStyle, STORED_KEY,
+    SharedExpert, check_layers,
 };
 use crate::error::{ModelError, Result};
 use crate::math::SWIGLU_LIMIT;
 
 impl ModelConfig {
-    /// Reads a Hugging Face `config.json`. Multimodal files are read through their `text_config`.
+    /// Reads a Hugging Face `config.json`. Multimodal files are read through their `text_config`; a configuration of ours counts before all keys.
     ///
     /// # Errors
     /// Unknown architectures (listing the known ones), unsupported variants, missing or absurd values.
     pub fn from_hf(config_json: &Value) -> Result<Self> {
+        if is_stored(config_json) {
+            return Self::from_packed(config_json);
+        }
         let json = config_json
             .get("text_config")
             .filter(|text| text.is_object())
@@ -42,6 +45,11 @@ impl ModelConfig {
         config.validate()?;
         Ok(config)
     }
+}
+
+/// Whether a `config.json` holds a configuration of ours, as folders that this program wrote do: their tensors have canonical names.
+pub(crate) fn is_stored(config_json: &Value) -> bool {
+    config_json.get(STORED_KEY).is_some()
 }
 
 fn bad(key: &str, problem: &str) -> ModelError {
@@ -296,6 +304,7 @@ impl Keys<'_> {
                     && (layer + 1).is_multiple_of(step)
                     && !dense_only.contains(&(layer as u64));
                 Ok(LayerConfig {
+                    top_k: None,
                     sliding: sliding && window.is_some(),
                     experts,
                 })

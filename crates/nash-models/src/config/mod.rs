@@ -16,6 +16,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{ModelError, Result};
 pub(crate) use family::Family;
 pub(crate) use gguf::gguf_family;
+pub(crate) use hf::is_stored;
+
+/// The key of `config.json` under which folders that this program wrote keep their [`ModelConfig`].
+pub const STORED_KEY: &str = "nashswarm_model";
 
 /// A decoder-only transformer. Sizes are element counts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -324,6 +328,8 @@ pub enum Scoring {
     Softmax,
     /// Sigmoid of each.
     Sigmoid,
+    /// The logits rank the experts, and each chosen one counts with weight 1: experts that were parts of one dense block.
+    Unit,
 }
 
 /// Group-limited routing: a group's score is the sum of its two best experts.
@@ -351,6 +357,9 @@ pub struct LayerConfig {
     pub sliding: bool,
     /// The feed-forward block is the mixture of experts.
     pub experts: bool,
+    /// Experts per token in this layer, if not [`MoeConfig::top_k`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
 }
 
 impl ModelConfig {
@@ -359,12 +368,10 @@ impl ModelConfig {
     /// # Errors
     /// The key is missing or does not hold a consistent configuration.
     pub fn from_packed(config_json: &serde_json::Value) -> Result<Self> {
-        let value = config_json
-            .get("nashswarm_model")
-            .ok_or_else(|| ModelError::Config {
-                key: "nashswarm_model".into(),
-                problem: "missing from config.json; is this a packed model?".into(),
-            })?;
+        let value = config_json.get(STORED_KEY).ok_or_else(|| ModelError::Config {
+            key: "nashswarm_model".into(),
+            problem: "missing from config.json; is this a packed model?".into(),
+        })?;
         let config = Self::deserialize(value).map_err(|error| ModelError::Config {
             key: "nashswarm_model".into(),
             problem: error.to_string(),
@@ -463,6 +470,17 @@ impl ModelConfig {
         }
         match &self.moe {
             Some(moe) => {
+                let fits = |k: usize| (1..=moe.experts).contains(&k);
+                require(
+                    self.layers.iter().all(|layer| layer.top_k.is_none_or(fits)),
+                    "experts per token of a layer",
+                    format!("is not between 1 and {}", moe.experts),
+                )?;
+                require(
+                    moe.scoring != Scoring::Unit || (!moe.normalize && moe.groups.is_none()),
+                    "experts",
+                    "of weight 1 are neither normalized nor in groups".into(),
+                )?;
                 require(
                     moe.experts.saturating_mul(self.layers.len()) <= 1 << 18,
                     "experts",

@@ -11,6 +11,7 @@ use nash_eval::stats::median;
 use nash_eval::{ModelScorer, ReadBandwidth, SpeedOptions, SpeedReport, memory, speed};
 
 use crate::args::{Json, KvArg, KvName, ModelArg};
+use crate::experts::{self, Experts};
 use crate::out::say;
 use crate::sizes::size_report;
 use crate::table::table;
@@ -55,6 +56,8 @@ pub(crate) struct Bench {
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
     #[command(flatten)]
+    experts: Experts,
+    #[command(flatten)]
     json: Json,
 }
 
@@ -89,10 +92,11 @@ impl Bench {
     /// Measures with this many threads; 0 for all cores.
     fn measure(&self, threads: u16, ui: &Ui) -> anyhow::Result<Row> {
         nash_kernels::pool::set_threads(threads.into())?;
-        let loaded = model::load(self.model.path(), ui)?;
+        let mut loaded = model::load(self.model.path(), ui)?;
         loaded.tokenizer()?;
         // From here on a prompt could be read.
         let ready = crate::START.elapsed().as_secs_f64();
+        let handle = self.experts.apply(&mut loaded)?;
         let options = SpeedOptions {
             prompt_tokens: self.n_prompt,
             generate_tokens: self.n_gen,
@@ -126,6 +130,7 @@ impl Bench {
             peak_memory_bytes: peak,
             resident_memory_bytes: resident,
             speed: Some(report),
+            expert_use: handle.map(|handle| handle.read()),
             ..Row::default()
         })
     }
@@ -146,6 +151,7 @@ impl Bench {
                 .args(["-d", &self.n_depth.to_string()])
                 .args(["--kv-type", &name(self.kv.kv_type)])
                 .args(["-r", &self.repetitions.to_string()])
+                .args(self.experts.arguments())
                 .args(ui.is_quiet().then_some("--quiet"))
                 .stderr(Stdio::inherit())
                 .output()?;
@@ -243,6 +249,11 @@ fn print(report: &Report) {
         ]);
     }
     say!("{table}");
+    for row in &report.rows {
+        row.expert_use
+            .iter()
+            .for_each(|used| experts::print(&row.name, used));
+    }
 }
 
 /// Median with the range of the repeats.

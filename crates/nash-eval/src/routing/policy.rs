@@ -1,0 +1,361 @@
+//! Routing rules inside a model: prices, rewards for experts in fast memory, company of alike tokens; and what they touch.
+//!
+//! Every layer has an unlimited slow memory and a fast one for R of its experts, of which the least recently used makes room (LRU). Tokens come in batches of B, as
+//! when B of them are decoded together; a batch touches the union of its tokens' experts, and an expert that is not resident then is a miss. The rules, all in units of
+//! the standard deviation of a token's scores over the experts, so that one number fits all layers:
+//!
+//! - prices `p_e` that balance the first call, then frozen ([`PriceRouter`]);
+//! - a reward r for resident experts: `top-k(s − p + r)`. It moves the choice only, never the mixing weights;
+//! - company β for each expert shared with one of 7 nearest tokens of the batch, played to the equilibrium of [`RoutingGame`].
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nash_games::routing::{Balance, Neighbours, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores};
+use nash_models::{RoutingCall, RoutingPolicy};
+use serde::{Deserialize, Serialize};
+
+/// Neighbours of a token: those of a starling.
+const FLOCK: usize = 7;
+/// Sweeps of a game, at most.
+const MAX_SWEEPS: usize = 100;
+/// Experts per token that the game and the prices can handle.
+const MOST: usize = 8;
+/// Tokens that prices are found for, at least.
+const PRICE_TOKENS: usize = 64;
+
+/// How experts are ranked.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExpertRules {
+    /// R, experts of a layer in fast memory.
+    pub resident: usize,
+    /// r.
+    pub reward: f32,
+    /// β.
+    pub company: f32,
+    /// Whether experts have prices.
+    pub prices: bool,
+    /// B, tokens that are routed together.
+    pub batch: usize,
+}
+
+/// What was touched, over all layers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ExpertUse {
+    /// Share of the touched experts that were not resident.
+    pub miss_rate: f64,
+    /// Experts that a batch had to fetch, per layer.
+    pub misses_per_batch: f64,
+    /// Distinct experts of a batch, per layer.
+    pub experts_per_batch: f64,
+    /// Largest load over mean load, minus 1: mean over the layers.
+    pub max_violation: f64,
+    /// The rules.
+    pub rules: Option<ExpertRules>,
+}
+
+/// Counts, shared with whoever wants to read them.
+#[derive(Debug, Default)]
+struct Counts {
+    batches: u64,
+    touched: u64,
+    misses: u64,
+    loads: Vec<Vec<u64>>,
+}
+
+/// Reads what a rule inside a model has counted.
+#[derive(Clone, Debug)]
+pub struct UseHandle {
+    counts: Arc<Mutex<Counts>>,
+    rules: ExpertRules,
+}
+
+impl UseHandle {
+    /// What was counted so far.
+    pub fn read(&self) -> ExpertUse {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let used = counts.loads.iter().filter(|loads| !loads.is_empty());
+        let violation = |loads: &Vec<u64>| {
+            let (most, all) = (
+                loads.iter().max().copied().unwrap_or(0),
+                loads.iter().sum::<u64>(),
+            );
+            most as f64 * loads.len() as f64 / all.max(1) as f64 - 1.0
+        };
+        let batches = counts.batches.max(1) as f64;
+        ExpertUse {
+            miss_rate: counts.misses as f64 / counts.touched.max(1) as f64,
+            misses_per_batch: counts.misses as f64 / batches,
+            experts_per_batch: counts.touched as f64 / batches,
+            max_violation: used.clone().map(violation).sum::<f64>() / used.count().max(1) as f64,
+            rules: Some(self.rules),
+        }
+    }
+}
+
+/// The memory of a layer.
+#[derive(Debug, Default)]
+struct LayerState {
+    /// Resident experts, the most recently used last.
+    resident: Vec<u16>,
+    /// `[E]` once they are found.
+    prices: Vec<f32>,
+}
+
+/// [`ExpertRules`] at work.
+#[derive(Debug)]
+pub struct ExpertRouting {
+    rules: ExpertRules,
+    layers: Vec<LayerState>,
+    counts: Arc<Mutex<Counts>>,
+}
+
+impl ExpertRouting {
+    /// With empty fast memories.
+    pub fn new(rules: ExpertRules) -> Self {
+        Self {
+            rules,
+            layers: Vec::new(),
+            counts: Arc::default(),
+        }
+    }
+
+    /// A handle to what will be counted.
+    pub fn handle(&self) -> UseHandle {
+        UseHandle {
+            counts: Arc::clone(&self.counts),
+            rules: self.rules,
+        }
+    }
+
+    /// Ranks one batch and lets it touch its experts.
+    fn batch(&mut self, layer: usize, x: &[f32], ranks: &mut [f32], (experts, k): (usize, usize)) {
+        let (rules, state) = (self.rules, &mut self.layers[layer]);
+        let mut rewards = vec![0.0f32; experts];
+        state
+            .resident
+            .iter()
+            .for_each(|&e| rewards[usize::from(e)] = rules.reward);
+        if !state.prices.is_empty() {
+            rewards.iter_mut().zip(&state.prices).for_each(|(r, p)| *r -= p);
+        }
+        let tokens = ranks.len() / experts;
+        let choices = if rules.company > 0.0 && tokens > 1 && k <= MOST {
+            play(x, ranks, &rewards, (experts, k), rules.company)
+        } else {
+            None
+        };
+        for ranks in ranks.chunks_exact_mut(experts) {
+            ranks.iter_mut().zip(&rewards).for_each(|(rank, r)| *rank += r);
+        }
+        if let Some(choices) = &choices {
+            for (ranks, choices) in ranks.chunks_exact_mut(experts).zip(choices.chunks_exact(k)) {
+                choices.iter().for_each(|&e| ranks[usize::from(e)] = f32::MAX);
+            }
+        }
+        let mut loads = vec![0u64; experts];
+        let mut order: Vec<usize> = Vec::with_capacity(experts);
+        for ranks in ranks.chunks_exact(experts) {
+            order.clear();
+            order.extend(0..experts);
+            order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
+            order[..k].iter().for_each(|&e| loads[e] += 1);
+        }
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.batches += 1;
+        if counts.loads.len() <= layer {
+            counts.loads.resize(layer + 1, Vec::new());
+        }
+        counts.loads[layer].resize(experts, 0);
+        for (e, &load) in loads.iter().enumerate().filter(|(_, load)| **load > 0) {
+            counts.loads[layer][e] += load;
+            counts.touched += 1;
+            let e = e as u16;
+            match state.resident.iter().position(|&r| r == e) {
+                Some(at) => {
+                    state.resident.remove(at);
+                }
+                None => counts.misses += 1,
+            }
+            state.resident.push(e);
+        }
+        let over = state.resident.len().saturating_sub(rules.resident);
+        state.resident.drain(..over);
+    }
+}
+
+impl RoutingPolicy for ExpertRouting {
+    fn rank(&mut self, call: RoutingCall<'_>) {
+        let RoutingCall {
+            layer,
+            x,
+            width,
+            ranks,
+            experts,
+            top_k,
+        } = call;
+        if self.layers.len() <= layer {
+            self.layers.resize_with(layer + 1, LayerState::default);
+        }
+        for ranks in ranks.chunks_exact_mut(experts) {
+            let scale = 1.0 / deviation(ranks).max(f32::MIN_POSITIVE);
+            ranks.iter_mut().for_each(|rank| *rank *= scale);
+        }
+        let tokens = ranks.len() / experts;
+        if self.rules.prices
+            && self.layers[layer].prices.is_empty()
+            && tokens >= PRICE_TOKENS
+            && top_k <= MOST
+        {
+            self.layers[layer].prices = prices(ranks, experts, top_k).unwrap_or_default();
+        }
+        let batch = self.rules.batch.max(1);
+        for (x, ranks) in x.chunks(batch * width).zip(ranks.chunks_mut(batch * experts)) {
+            self.batch(layer, x, ranks, (experts, top_k));
+        }
+    }
+}
+
+/// Standard deviation of the finite ranks of a token.
+fn deviation(ranks: &[f32]) -> f32 {
+    let finite = ranks.iter().filter(|r| r.is_finite());
+    let (n, sum) = finite
+        .clone()
+        .fold((0.0f32, 0.0), |(n, sum), r| (n + 1.0, sum + r));
+    let mean = sum / n.max(1.0);
+    (finite.map(|r| (r - mean).powi(2)).sum::<f32>() / n.max(1.0)).sqrt()
+}
+
+/// Prices that balance the tokens of `ranks`; `None` if they cannot be had.
+fn prices(ranks: &[f32], experts: usize, k: usize) -> Option<Vec<f32>> {
+    let scores = Scores::new(ranks, experts).ok()?;
+    let mut statistics = ScoreStatistics::default();
+    statistics.measure(scores);
+    let (mut prices, mut choices) = (vec![0.0; experts], vec![0; scores.tokens() * k]);
+    statistics.guess_prices(k, &mut prices);
+    let options = Balance {
+        max_steps: 16,
+        tolerance: 0.12,
+    };
+    PriceRouter::new(experts, k)
+        .ok()?
+        .balance(scores, &mut prices, &mut choices, options)
+        .ok()?;
+    // Only differences count; a common part would look like a reward.
+    let mean = prices.iter().sum::<f32>() / experts as f32;
+    prices.iter_mut().for_each(|p| *p -= mean);
+    Some(prices)
+}
+
+/// The choices of a batch whose tokens like the company of their neighbours, at an equilibrium.
+fn play(
+    x: &[f32],
+    ranks: &[f32],
+    rewards: &[f32],
+    (experts, k): (usize, usize),
+    company: f32,
+) -> Option<Vec<u16>> {
+    let tokens = ranks.len() / experts;
+    let neighbours = Neighbours::nearest(x, tokens, x.len() / tokens, FLOCK).ok()?;
+    let rules = Rules {
+        company: f64::from(company),
+        ..Rules::default()
+    };
+    let game = RoutingGame::new(Scores::new(ranks, experts).ok()?, k, rules).ok()?;
+    let game = game
+        .with_rewards(rewards)
+        .ok()?
+        .with_neighbours(&neighbours)
+        .ok()?;
+    let mut choices = game.start();
+    game.play(&mut choices, MAX_SWEEPS).ok()?;
+    Some(choices)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt as _, SeedableRng as _};
+    use rand_pcg::Pcg64Mcg;
+
+    use super::*;
+
+    const RULES: ExpertRules = ExpertRules {
+        resident: 2,
+        reward: 0.0,
+        company: 0.0,
+        prices: false,
+        batch: 1,
+    };
+
+    fn route(rules: ExpertRules, ranks: &mut [f32], k: usize) -> ExpertUse {
+        let mut routing = ExpertRouting::new(rules);
+        let handle = routing.handle();
+        let x: Vec<f32> = (0..ranks.len()).map(|i| (i % 5) as f32).collect();
+        routing.rank(RoutingCall {
+            layer: 0,
+            x: &x,
+            width: 4,
+            ranks,
+            experts: 4,
+            top_k: k,
+        });
+        handle.read()
+    }
+
+    #[test]
+    fn misses_are_those_of_an_lru_cache_and_a_reward_saves_them() {
+        // Favourites 0, 1, 0, 2, 1: with two places, 2 drives out 1, and 1 drives out 0.
+        let favourites = [0, 1, 0, 2, 1];
+        let ranks: Vec<f32> = favourites
+            .iter()
+            .flat_map(|&f| (0..4).map(move |e| if e == f { 1.0 } else { 0.1 * e as f32 }))
+            .collect();
+        let plain = route(RULES, &mut ranks.clone(), 1);
+        assert_eq!(plain.miss_rate, 4.0 / 5.0);
+        assert_eq!(
+            (plain.experts_per_batch, plain.max_violation),
+            (1.0, 2.0 / 5.0 * 4.0 - 1.0)
+        );
+        let mut kept = ranks.clone();
+        let paid = route(ExpertRules { reward: 9.0, ..RULES }, &mut kept, 1);
+        assert_eq!(paid.miss_rate, 1.0 / 5.0, "the first expert stays");
+        let batch = route(ExpertRules { batch: 5, ..RULES }, &mut ranks.clone(), 1);
+        assert_eq!((batch.experts_per_batch, batch.misses_per_batch), (3.0, 3.0));
+    }
+
+    #[test]
+    fn prices_balance_and_company_brings_tokens_together() {
+        let mut rng = Pcg64Mcg::seed_from_u64(1);
+        let flat: Vec<f32> = (0..256 * 4).map(|_| rng.random::<f32>()).collect();
+        // Every expert is liked a little more than the one before.
+        let ranks: Vec<f32> = flat
+            .iter()
+            .zip(0..)
+            .map(|(r, i)| r + 0.2 * (i % 4) as f32)
+            .collect();
+        let plain = route(RULES, &mut ranks.clone(), 1);
+        let priced = route(
+            ExpertRules {
+                prices: true,
+                ..RULES
+            },
+            &mut ranks.clone(),
+            1,
+        );
+        assert!(
+            priced.max_violation < 0.2 && plain.max_violation > 0.5,
+            "{plain:?} {priced:?}"
+        );
+        let batch = ExpertRules { batch: 8, ..RULES };
+        let alone = route(batch, &mut flat.clone(), 1).experts_per_batch;
+        let together = route(
+            ExpertRules {
+                company: 1.0,
+                ..batch
+            },
+            &mut flat.clone(),
+            1,
+        )
+        .experts_per_batch;
+        assert!(together < alone, "{together} {alone}");
+    }
+}
