@@ -1,7 +1,5 @@
 //! A tap that has seen enough ends a layer, and sees until then what one that looks at everything sees.
 
-#![expect(clippy::unwrap_used, reason = "a test says by panicking that it failed")]
-
 use std::path::Path;
 
 use nash_core::ModelFile;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nash_games::rounding::Problem;
 use nash_kernels::Width;
 use nash_models::{DenseLinear, Linear, LinearInfo};
+use rayon::prelude::*;
 
 use crate::QuantError;
 use crate::allocate::Curve;
@@ -141,11 +142,14 @@ impl Session<'_> {
             weights: &sample,
             ..whole
         };
-        let mut potential = Vec::new();
-        for width in Width::ALL {
-            let rounded = draft(&info.name, problem, self.rounding(width))?;
-            potential.push(problem.potential(&rounded.grid, &rounded.codes));
-        }
+        // A sample is too small to be shared out; its widths are.
+        let potential = Width::ALL
+            .into_par_iter()
+            .map(|width| {
+                let rounded = draft(&info.name, problem, self.rounding(width))?;
+                Ok(problem.potential(&rounded.grid, &rounded.codes))
+            })
+            .collect::<Result<Vec<_>, QuantError>>()?;
         let rounded = draft(&info.name, problem, self.reference())?;
         let reference = problem.potential(&rounded.grid, &rounded.codes);
         let share = whole.weights.len() as f64 / sample.len().max(1) as f64;
