@@ -43,9 +43,18 @@ impl Session<'_> {
         wanted: &dyn Fn(usize) -> bool,
         visit: &mut Visit<'_>,
     ) -> Result<(), QuantError> {
+        // What comes after the last of them need not be run; nor anything, where all are known.
+        let waiting = self
+            .linears
+            .iter()
+            .enumerate()
+            .filter(|(index, info)| self.in_order(info) && wanted(*index));
+        let Some(last) = waiting.filter_map(|(_, info)| info.layer).max() else {
+            return Ok(());
+        };
         let windows = &self.options.calibration.windows;
         let mut prefix = Prefix::new(&self.model, packed, windows, self.options.damping)?;
-        for layer in 0..self.model.config().num_layers() {
+        for layer in 0..=last {
             for site in SITES {
                 self.check_cancelled()?;
                 let here = |(_, info): &(usize, &LinearInfo)| (info.layer, info.site) == (Some(layer), site);
@@ -67,7 +76,9 @@ impl Session<'_> {
                     self.progress.advance(1);
                 }
             }
-            prefix.advance(packed)?;
+            if layer < last {
+                prefix.advance(packed)?;
+            }
         }
         Ok(())
     }
