@@ -5,7 +5,7 @@ use std::path::Path;
 use half::f16;
 use nash_core::DType;
 use nash_core::packed_write::{PackedLayout, PackedWriter, TensorSpec};
-use nash_models::{LinearInfo, Model, ModelConfig, ModelError, STORED_KEY};
+use nash_models::{Linear, LinearInfo, Model, ModelConfig, ModelError, STORED_KEY, decode_rows};
 use serde_json::{Map, json};
 
 use crate::CarveError;
@@ -15,17 +15,18 @@ use crate::report::CarveReport;
 /// Writes the tokenizer's text files into a folder.
 pub type SaveTokenizer<'a> = dyn Fn(&Path) -> std::io::Result<()> + 'a;
 
-/// A weight matrix as floats, `[m, n]`.
-pub(crate) fn matrix(model: &Model, name: &str) -> Result<Vec<f32>, CarveError> {
-    let linear = model.linear(name).ok_or_else(|| ModelError::NoSuchLinear {
+/// A linear of the dense model.
+fn linear<'m>(model: &'m Model, name: &str) -> Result<&'m dyn Linear, CarveError> {
+    let found = model.linear(name).ok_or_else(|| ModelError::NoSuchLinear {
         name: name.to_owned(),
     })?;
-    let n = linear.cols();
-    let mut values = vec![0.0; linear.rows() * n];
-    for (row, out) in values.chunks_exact_mut(n).enumerate() {
-        linear.row(row, out);
-    }
-    Ok(values)
+    Ok(found.as_ref())
+}
+
+/// A weight matrix as floats, `[m, n]`.
+pub(crate) fn matrix(model: &Model, name: &str) -> Result<Vec<f32>, CarveError> {
+    let linear = linear(model, name)?;
+    Ok(decode_rows(linear, 0..linear.rows()))
 }
 
 /// Where the values of a tensor come from.
@@ -154,17 +155,7 @@ impl Planned<'_> {
         Ok(match &self.source {
             Source::Matrix(name) => matrix(model, name)?,
             Source::Values(values) => values.to_vec(),
-            Source::Rows(name, rows) => {
-                let linear = model
-                    .linear(name)
-                    .ok_or_else(|| ModelError::NoSuchLinear { name: name.clone() })?;
-                let n = linear.cols();
-                let mut values = vec![0.0; rows.len() * n];
-                for (&row, out) in rows.iter().zip(values.chunks_exact_mut(n)) {
-                    linear.row(row, out);
-                }
-                values
-            }
+            Source::Rows(name, rows) => decode_rows(linear(model, name)?, rows.iter().copied()),
             Source::Columns(name, columns) => some_columns(&matrix(model, name)?, self.shape[0], columns),
         })
     }

@@ -3,8 +3,9 @@
 //!
 //! `cargo run --release -p nash-kernels --example attention_bandwidth -- [positions] [runs] [heads] [dim] [threads]`
 
+mod memory;
+
 use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use half::f16;
@@ -26,23 +27,6 @@ fn best<const N: usize>(mut kinds: [&mut dyn FnMut(); N]) -> [f64; N] {
         }
     }
     best
-}
-
-/// Reads everything once, with all threads.
-fn read(data: &[u64]) -> u64 {
-    const CHUNK: usize = 1 << 15;
-    let sum = AtomicU64::new(0);
-    pool::run(data.len().div_ceil(CHUNK), |i| {
-        let chunk = &data[i * CHUNK..data.len().min((i + 1) * CHUNK)];
-        let mut sums = [0u64; 32];
-        for part in chunk.as_chunks::<32>().0 {
-            for (sum, value) in sums.iter_mut().zip(part) {
-                *sum ^= value;
-            }
-        }
-        sum.fetch_xor(sums.iter().fold(0, |a, b| a ^ b), Ordering::Relaxed);
-    });
-    sum.into_inner()
 }
 
 fn main() {
@@ -99,7 +83,7 @@ fn main() {
         });
     };
     let data: Vec<u64> = (0..32 << 20).collect();
-    let mut reads = || _ = black_box(read(&data));
+    let mut reads = || _ = black_box(memory::read(&data));
     let [halves_time, bytes_time, reads_time] = best([&mut in_halves, &mut in_bytes, &mut reads]);
     let plain = size_of_val(data.as_slice()) as f64 / reads_time;
     println!(

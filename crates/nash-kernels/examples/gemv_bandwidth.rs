@@ -3,8 +3,9 @@
 //!
 //! `cargo run --release -p nash-kernels --example gemv_bandwidth -- [rows] [cols] [threads]`
 
+mod memory;
+
 use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use nash_kernels::{Activations, Isa, PackedMatrix, PackedShape, Width, dense, matmul_with, pool};
@@ -19,23 +20,6 @@ fn best(mut run: impl FnMut()) -> f64 {
         runs += 1;
     }
     best
-}
-
-/// Reads everything once, with all threads.
-fn read(data: &[u64]) -> u64 {
-    const CHUNK: usize = 1 << 15;
-    let sum = AtomicU64::new(0);
-    pool::run(data.len().div_ceil(CHUNK), |i| {
-        let chunk = &data[i * CHUNK..data.len().min((i + 1) * CHUNK)];
-        let mut sums = [0u64; 32];
-        for part in chunk.as_chunks::<32>().0 {
-            for (sum, value) in sums.iter_mut().zip(part) {
-                *sum ^= value;
-            }
-        }
-        sum.fetch_xor(sums.iter().fold(0, |a, b| a ^ b), Ordering::Relaxed);
-    });
-    sum.into_inner()
 }
 
 fn packed(shape: PackedShape) -> PackedMatrix {
@@ -89,7 +73,7 @@ fn main() {
     for isa in Isa::available() {
         for width in Width::ALL {
             let w = packed(PackedShape { rows, cols, width });
-            let plain = size_of_val(data.as_slice()) as f64 / best(|| _ = black_box(read(&data)));
+            let plain = size_of_val(data.as_slice()) as f64 / best(|| _ = black_box(memory::read(&data)));
             let one = w.as_ref().bytes() as f64 / seconds(isa, &w, 1);
             let macs = |tokens| (tokens * rows * cols) as f64 * 1e-9 / seconds(isa, &w, tokens);
             let slow = isa == Isa::Portable;

@@ -56,7 +56,7 @@ pub use config::{
 };
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateOptions, Generator, PREFILL_CHUNK, Progress};
-pub use linear::{DenseLinear, FloatLinear, Input, Linear, PackedLinear};
+pub use linear::{DenseLinear, FloatLinear, Input, Linear, PackedLinear, decode_rows};
 pub use manifest::{LinearInfo, Site, matrix_name};
 pub use model::Model;
 pub use routing::{RoutingCall, RoutingPolicy};

@@ -97,6 +97,16 @@ impl<'a> Input<'a> {
 /// Floats that one task quantizes, about.
 const QUANTIZE_FLOATS: usize = 1 << 14;
 
+/// Some rows of a weight as floats, one after the other: `[rows, n]`.
+pub fn decode_rows(linear: &dyn Linear, rows: impl ExactSizeIterator<Item = usize>) -> Vec<f32> {
+    let n = linear.cols();
+    let mut values = vec![0.0; rows.len() * n];
+    for (row, out) in rows.zip(values.chunks_exact_mut(n.max(1))) {
+        linear.row(row, out);
+    }
+    values
+}
+
 /// A weight matrix `W [rows, cols]`.
 pub trait Linear: Send + Sync {
     /// Outputs m.

@@ -4,7 +4,7 @@ use nash_core::ModelFile;
 use nash_games::RoundingCertificate;
 use nash_games::rounding::Problem;
 use nash_kernels::{PackedMatrix, Width};
-use nash_models::{KvCache, LinearInfo, Model, Site, VocabParts};
+use nash_models::{KvCache, LinearInfo, Model, Site, VocabParts, decode_rows};
 
 use crate::QuantError;
 use crate::allocate::outliers;
@@ -188,11 +188,7 @@ impl Session<'_> {
                 info.name
             ))
         })?;
-        let mut w = vec![0.0; info.rows * info.cols];
-        for (r, row) in w.chunks_mut(info.cols).enumerate() {
-            linear.row(r, row);
-        }
-        Ok(w)
+        Ok(decode_rows(linear.as_ref(), 0..info.rows))
     }
 
     pub(crate) fn rounding(&self, width: Width) -> Rounding {
