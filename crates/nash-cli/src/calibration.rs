@@ -1,5 +1,6 @@
 //! What a model is calibrated on: windows of tokens from a text, or from the model itself.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -37,6 +38,16 @@ impl FromStr for Source {
             "self" => Self::Model,
             path => Self::File(path.into()),
         })
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuiltIn => f.write_str("book"),
+            Self::Model => f.write_str("self"),
+            Self::File(path) => path.display().fmt(f),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, value_parser};
 use nash_carve::ChannelKind;
@@ -105,13 +106,14 @@ impl Eval {
             };
             let name = loaded.name();
             let label = |rules: ExpertRules| Some(format!("{name}, reward {}", rules.reward));
+            let places = self.experts.places(&mut loaded, first, ui)?;
             for &rules in others {
                 let mut copy = model::load(&loaded.path, ui)?;
-                handles.push(Some(experts::install(&mut copy, rules)));
+                handles.push(Some(experts::install(&mut copy, rules, Arc::clone(&places))));
                 copy.label = label(rules);
                 models.push(copy);
             }
-            handles.push(Some(experts::install(&mut loaded, first)));
+            handles.push(Some(experts::install(&mut loaded, first, places)));
             loaded.label = label(first);
             models.push(loaded);
         }

@@ -54,7 +54,7 @@ impl Run {
         self.threads.apply()?;
         let prompt = self.prompt()?;
         let mut loaded = model::load(self.model.path(), ui)?;
-        let handle = self.experts.apply(&mut loaded)?;
+        let handle = self.experts.apply(&mut loaded, ui)?;
         let tokens = self.tokens(loaded.tokenizer()?, &prompt)?;
         let mut session = Session::new(&loaded, &self.limits, &self.sampling)?;
         let answer = session.answer(&tokens, ui, &mut |piece| {

@@ -1,35 +1,113 @@
-//! A feed-forward layer of experts, and the dense layer with as many active parameters, in `f32`: what routing stands beside.
+//! A feed-forward layer of experts, and the dense layer with as many active parameters: what routing stands beside.
 //!
 //! An expert is `down · relu(up · x)`, without biases. The mixture sends each token to the experts that it chose, tokens of one expert together, and adds their
-//! outputs weighted by the softmax of the chosen scores. The dense layer is one expert k times as wide.
+//! outputs weighted by the softmax of the chosen scores. The dense layer is one expert k times as wide. Weights are `f32`, or packed at 8 bits: their values rounded to
+//! nearest, multiplied as a packed model is, with inputs quantized to 8 bits.
 
+use half::f16;
 use nash_games::GameError;
 use nash_games::routing::{PriceRouter, Scores};
 use nash_kernels::dense::matmul_nt;
+use nash_kernels::{Activations, GROUP, PackedMatrix, PackedShape, SCALE_UNIT, Unpacked, Width};
 
 use super::RoutingShape;
 use super::source::Normal;
 
+/// How weights are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// `f32`.
+    Float,
+    /// 8 bits and a scale per group.
+    Packed,
+}
+
+/// `W [m, n]`.
+#[derive(Debug)]
+enum Matrix {
+    Float(Vec<f32>),
+    Packed(PackedMatrix),
+}
+
+impl Matrix {
+    fn new(values: Vec<f32>, cols: usize, storage: Storage) -> Self {
+        match storage {
+            Storage::Float => Self::Float(values),
+            Storage::Packed => Self::Packed(pack(&values, cols)),
+        }
+    }
+
+    /// `y [T, m] = x [T, n] · Wᵀ`; `quantized` is a buffer.
+    fn multiply(
+        &self,
+        x: &[f32],
+        quantized: &mut Activations,
+        y: &mut [f32],
+        [tokens, rows, cols]: [usize; 3],
+    ) {
+        match self {
+            Self::Float(w) => matmul_nt(x, w, y, tokens, rows, cols),
+            Self::Packed(w) => {
+                quantized.quantize(x, tokens, cols);
+                nash_kernels::matmul(w.as_ref(), quantized, y);
+            }
+        }
+    }
+}
+
+/// Rounds `values [m, n]` to nearest, with the largest of every group at ±127.
+fn pack(values: &[f32], cols: usize) -> PackedMatrix {
+    let width = Width::ALL[Width::ALL.len() - 1];
+    let mut unpacked = Unpacked {
+        codes: Vec::with_capacity(values.len()),
+        scale_codes: Vec::new(),
+        row_scales: Vec::new(),
+        codebook: Vec::new(),
+    };
+    let largest = |values: &[f32]| values.iter().fold(f32::MIN_POSITIVE, |m, w| m.max(w.abs()));
+    for row in values.chunks(cols) {
+        let scale = f16::from_f32(largest(row) / (127.0 * 127.0 * SCALE_UNIT));
+        let unit = scale.to_f32() * SCALE_UNIT;
+        unpacked.row_scales.push(scale);
+        for group in row.chunks(GROUP) {
+            let scale_code = (largest(group) / (127.0 * unit)).ceil().clamp(1.0, 127.0);
+            unpacked.scale_codes.push(scale_code as i8);
+            let code = |w: &f32| ((w / (unit * scale_code)).round().clamp(-127.0, 127.0) + 128.0) as u8;
+            unpacked.codes.extend(group.iter().map(code));
+        }
+    }
+    let shape = PackedShape {
+        rows: values.len() / cols,
+        cols,
+        width,
+    };
+    nash_kernels::pack(shape, &unpacked).expect("codes and scales of this shape")
+}
+
 /// `down [d, h] · relu(up [h, d] · x)`.
 #[derive(Debug)]
 pub struct DenseLayer {
-    up: Vec<f32>,
-    down: Vec<f32>,
+    up: Matrix,
+    down: Matrix,
     width: usize,
     hidden: usize,
     inner: Vec<f32>,
+    quantized: Activations,
 }
 
 impl DenseLayer {
     /// Random weights that keep the size of their inputs.
-    pub fn random(width: usize, hidden: usize, seed: u64) -> Self {
+    pub fn random(width: usize, hidden: usize, storage: Storage, seed: u64) -> Self {
         let mut normal = Normal::new(seed, 0);
+        let up = normal.many(hidden * width, (2.0 / width as f32).sqrt());
+        let down = normal.many(width * hidden, (1.0 / hidden as f32).sqrt());
         Self {
-            up: normal.many(hidden * width, (2.0 / width as f32).sqrt()),
-            down: normal.many(width * hidden, (1.0 / hidden as f32).sqrt()),
+            up: Matrix::new(up, width, storage),
+            down: Matrix::new(down, hidden, storage),
             width,
             hidden,
             inner: Vec::new(),
+            quantized: Activations::new(),
         }
     }
 
@@ -38,11 +116,13 @@ impl DenseLayer {
     /// # Panics
     /// If the lengths do not agree.
     pub fn forward(&mut self, x: &[f32], y: &mut [f32]) {
-        let tokens = x.len() / self.width;
-        self.inner.resize(tokens * self.hidden, 0.0);
-        matmul_nt(x, &self.up, &mut self.inner, tokens, self.hidden, self.width);
+        let (d, h, tokens) = (self.width, self.hidden, x.len() / self.width);
+        self.inner.resize(tokens * h, 0.0);
+        self.up
+            .multiply(x, &mut self.quantized, &mut self.inner, [tokens, h, d]);
         self.inner.iter_mut().for_each(|v| *v = v.max(0.0));
-        matmul_nt(&self.inner, &self.down, y, tokens, self.width, self.hidden);
+        self.down
+            .multiply(&self.inner, &mut self.quantized, y, [tokens, d, h]);
     }
 }
 
@@ -76,14 +156,19 @@ impl MixtureLayer {
     ///
     /// # Errors
     /// If k of E experts cannot be chosen.
-    pub fn random(shape: RoutingShape, hidden: usize, seed: u64) -> Result<Self, GameError> {
+    pub fn random(
+        shape: RoutingShape,
+        hidden: usize,
+        storage: Storage,
+        seed: u64,
+    ) -> Result<Self, GameError> {
         let (width, experts) = (shape.width, shape.experts);
         let mut normal = Normal::new(seed, 1);
         Ok(Self {
             router: normal.many(experts * width, (1.0 / width as f32).sqrt()),
             prices: vec![0.0; experts],
             experts: (0..experts as u64)
-                .map(|e| DenseLayer::random(width, hidden, seed.wrapping_add(e + 1)))
+                .map(|e| DenseLayer::random(width, hidden, storage, seed.wrapping_add(e + 1)))
                 .collect(),
             selector: PriceRouter::new(experts, shape.top_k)?,
             top_k: shape.top_k,
@@ -191,7 +276,7 @@ mod tests {
             expert_width: None,
         };
         let (d, hidden) = (shape.width, 16);
-        let mut layer = MixtureLayer::random(shape, hidden, 7).unwrap();
+        let mut layer = MixtureLayer::random(shape, hidden, Storage::Float, 7).unwrap();
         layer.prices().copy_from_slice(&[0.3, 0.0, 0.1, 0.5, 0.2]);
         let x = Normal::new(3, 0).many(shape.tokens * d, 1.0);
         let mut y = vec![f32::NAN; x.len()];
@@ -219,5 +304,22 @@ mod tests {
                 assert!((y - expected).abs() < 16.0 * 4.0 * f32::EPSILON, "{y} {expected}");
             }
         }
+    }
+
+    #[test]
+    fn a_packed_layer_answers_nearly_as_the_layer_in_floats() {
+        let (d, h) = (100, 72);
+        let x = Normal::new(3, 0).many(9 * d, 1.0);
+        let [exact, packed] = [Storage::Float, Storage::Packed].map(|storage| {
+            let mut y = vec![f32::NAN; x.len()];
+            DenseLayer::random(d, h, storage, 5).forward(&x, &mut y);
+            y
+        });
+        let energy = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+        let error =
+            energy(&mut exact.iter().zip(&packed).map(|(a, b)| a - b)) / energy(&mut exact.iter().copied());
+        // Four roundings (weights and inputs of two products), each about 1/127 of the largest of 64 normal values, 2.5 deviations: uniform within ±1.25/127.
+        let one = (2.5f32 / 127.0).powi(2) / 12.0;
+        assert!(error > 0.0 && error < 2.0 * 4.0 * one, "{error}");
     }
 }

@@ -8,7 +8,7 @@ use nash_games::routing::{
     certify_game, certify_prices,
 };
 
-use super::layer::{DenseLayer, MixtureLayer};
+use super::layer::{DenseLayer, MixtureLayer, Storage};
 use super::source::{Batch, Source};
 use super::{RoutingOptions, RoutingRow, RoutingShape};
 use crate::EvalError;
@@ -262,48 +262,73 @@ impl Bench<'_> {
         }
     }
 
-    /// A whole layer with experts `hidden` wide at cached prices, and a dense layer k times as wide, in turns.
-    fn layers(&self, hidden: usize) -> Result<[RoutingRow; 2], EvalError> {
+    /// Whole layers with experts `hidden` wide at cached prices, and a dense layer k times as wide, in turns.
+    fn layers(&self, hidden: usize) -> Result<Vec<RoutingRow>, EvalError> {
         let (k, experts) = (self.shape.top_k, self.shape.experts);
-        let mut mixture = MixtureLayer::random(self.shape, hidden, self.options.seed)?;
-        let mut dense = DenseLayer::random(self.shape.width, k * hidden, self.options.seed);
+        let mixture = |storage| MixtureLayer::random(self.shape, hidden, storage, self.options.seed);
+        let (mut float, mut packed) = (mixture(Storage::Float)?, mixture(Storage::Packed)?);
+        let dense = |storage| DenseLayer::random(self.shape.width, k * hidden, storage, self.options.seed);
+        let (mut dense_float, mut dense_packed) = (dense(Storage::Float), dense(Storage::Packed));
         let mut at = PriceState::new(self.shape, self.options)?;
-        // Prices of one batch, the layer is timed on another.
-        let scores = mixture.scores(&self.batches[0].states);
+        // Prices of one batch, the layers are timed on another.
+        let scores = float.scores(&self.batches[0].states);
         at.balance(Scores::new(&scores, experts)?, Prices::Cold)?;
-        mixture.prices().copy_from_slice(&at.prices);
         let x = &self.batches[1].states;
-        let scores = mixture.scores(x);
+        let scores = float.scores(x);
         let mut y = vec![0.0; x.len()];
-        let (mut sparse, mut full, mut routing) = (Vec::new(), Vec::new(), Vec::new());
+        for layer in [&mut float, &mut packed] {
+            layer.prices().copy_from_slice(&at.prices);
+        }
+        let mut times = [const { Vec::new() }; 5];
         for run in 0..=LAYER_RUNS * self.options.repeats {
-            let start = Instant::now();
-            mixture.forward(x, &mut y)?;
-            let mixed = start.elapsed().as_secs_f64();
-            let start = Instant::now();
-            dense.forward(x, &mut y);
-            let plain = start.elapsed().as_secs_f64();
-            let start = Instant::now();
-            let scores = Scores::new(&scores, experts)?;
-            at.router.select(scores, &at.prices, &mut at.choices)?;
-            let chosen = start.elapsed().as_secs_f64();
+            let taken = [
+                seconds(|| Ok(float.forward(x, &mut y)?))?,
+                seconds(|| Ok(packed.forward(x, &mut y)?))?,
+                seconds(|| {
+                    dense_float.forward(x, &mut y);
+                    Ok(())
+                })?,
+                seconds(|| {
+                    dense_packed.forward(x, &mut y);
+                    Ok(())
+                })?,
+                seconds(|| {
+                    let scores = Scores::new(&scores, experts)?;
+                    Ok(at.router.select(scores, &at.prices, &mut at.choices)?)
+                })?,
+            ];
             if run > 0 {
-                sparse.push(mixed);
-                full.push(plain);
-                routing.push(chosen);
+                times.iter_mut().zip(taken).for_each(|(all, one)| all.push(one));
             }
         }
-        let share = median(&mut routing)
-            .zip(median(&mut sparse.clone()))
-            .map(|(r, all)| r / all);
-        Ok([
+        let [float, packed, dense_float, dense_packed, mut routing] = times;
+        let routing = median(&mut routing);
+        let mixture = |method: &str, mut times: Vec<f64>| {
+            let share = routing
+                .zip(median(&mut times))
+                .map(|(routing, all)| routing / all);
             RoutingRow {
                 routing_share: share,
-                ..self.timed("whole mixture layer", sparse)
-            },
-            self.timed("dense layer, as many active parameters", full),
+                ..self.timed(method, times)
+            }
+        };
+        Ok(vec![
+            mixture("whole mixture layer, f32", float),
+            mixture("whole mixture layer, packed at 8 bits", packed),
+            self.timed("dense layer, as many active parameters, f32", dense_float),
+            self.timed(
+                "dense layer, as many active parameters, packed at 8 bits",
+                dense_packed,
+            ),
         ])
     }
+}
+
+/// How long `work` takes.
+fn seconds(work: impl FnOnce() -> Result<(), EvalError>) -> Result<f64, EvalError> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// The memory of the price methods.

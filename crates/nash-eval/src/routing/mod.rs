@@ -3,8 +3,8 @@
 //! Every method routes the same batches of one seeded source ([`Source`]). Batch 0 fills the cache; the others are measured, with
 //! prices several times each, and the median time is reported. What is counted: for prices, everything from raw scores to choices and loads (check of the scores,
 //! statistics, cache, steps, selection); for best response, play from the tokens' own favourites to equilibrium, without
-//! the search for neighbours, which has a field of its own. The plan's shape adds a whole mixture layer and the dense layer with as many
-//! active parameters ([`MixtureLayer`], [`DenseLayer`]).
+//! the search for neighbours, which has a field of its own. The plan's shape adds whole mixture layers and dense layers with as many
+//! active parameters ([`MixtureLayer`], [`DenseLayer`]), in floats and packed.
 //!
 //! Shapes: T tokens, E experts, k of them per token, d hidden width, h hidden width of an expert.
 
@@ -13,8 +13,9 @@ mod measure;
 mod policy;
 mod source;
 
-pub use layer::{DenseLayer, MixtureLayer};
+pub use layer::{DenseLayer, MixtureLayer, Storage};
 pub use measure::routing_rows;
+pub use nash_games::routing::Placed;
 pub use policy::{ExpertRouting, ExpertRules, ExpertUse, UseHandle};
 pub use source::{Batch, Source};
 

@@ -1,8 +1,10 @@
 //! Routing rules inside a model: prices, rewards for experts in fast memory, company of alike tokens; and what they touch.
 //!
-//! Every layer has an unlimited slow memory and a fast one for R of its experts, of which the least recently used makes room (LRU). Tokens come in batches of B, as
-//! when B of them are decoded together; a batch touches the union of its tokens' experts, and an expert that is not resident then is a miss. The rules, all in units of
-//! the standard deviation of a token's scores over the experts, so that one number fits all layers:
+//! Every layer has an unlimited slow memory and a fast one for R of its experts. They are fetched in pages of m experts, of which the least recently used makes room
+//! (LRU). Tokens come in batches of B, as when B of them are decoded together; a batch touches the pages of the union of its tokens' experts, and a page that is
+//! not resident then is a miss. Pages are experts in stored order, or those of [`place_experts`] for the experts that batches of another text touched together.
+//!
+//! The rules, all in units of the standard deviation of a token's scores over the experts, so that one number fits all layers:
 //!
 //! - prices `p_e` that balance the first call, then frozen ([`PriceRouter`]);
 //! - a reward r for resident experts: `top-k(s − p + r)`. It moves the choice only, never the mixing weights;
@@ -10,7 +12,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nash_games::routing::{Balance, Neighbours, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores};
+use nash_games::GameError;
+use nash_games::routing::{
+    Balance, Neighbours, Placed, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores, place_experts,
+};
 use nash_models::{RoutingCall, RoutingPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +33,8 @@ const PRICE_TOKENS: usize = 64;
 pub struct ExpertRules {
     /// R, experts of a layer in fast memory.
     pub resident: usize,
+    /// m, experts that one fetch brings.
+    pub page: usize,
     /// r.
     pub reward: f32,
     /// β.
@@ -41,10 +48,12 @@ pub struct ExpertRules {
 /// What was touched, over all layers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExpertUse {
-    /// Share of the touched experts that were not resident.
+    /// Share of the touched pages that were not resident.
     pub miss_rate: f64,
-    /// Experts that a batch had to fetch, per layer.
+    /// Pages that a batch had to fetch, per layer.
     pub misses_per_batch: f64,
+    /// Pages of a batch, per layer.
+    pub pages_per_batch: f64,
     /// Distinct experts of a batch, per layer.
     pub experts_per_batch: f64,
     /// Largest load over mean load, minus 1: mean over the layers.
@@ -57,9 +66,19 @@ pub struct ExpertUse {
 #[derive(Debug, Default)]
 struct Counts {
     batches: u64,
+    /// Experts, and pages.
     touched: u64,
+    pages: u64,
     misses: u64,
-    loads: Vec<Vec<u64>>,
+    layers: Vec<LayerCounts>,
+}
+
+#[derive(Debug, Default)]
+struct LayerCounts {
+    /// `[E]`: tokens.
+    loads: Vec<u64>,
+    /// `[E, E]`: batches that touched both.
+    together: Vec<f32>,
 }
 
 /// Reads what a rule inside a model has counted.
@@ -73,8 +92,9 @@ impl UseHandle {
     /// What was counted so far.
     pub fn read(&self) -> ExpertUse {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let used = counts.loads.iter().filter(|loads| !loads.is_empty());
-        let violation = |loads: &Vec<u64>| {
+        let used = counts.layers.iter().filter(|layer| !layer.loads.is_empty());
+        let violation = |layer: &LayerCounts| {
+            let loads = &layer.loads;
             let (most, all) = (
                 loads.iter().max().copied().unwrap_or(0),
                 loads.iter().sum::<u64>(),
@@ -83,19 +103,32 @@ impl UseHandle {
         };
         let batches = counts.batches.max(1) as f64;
         ExpertUse {
-            miss_rate: counts.misses as f64 / counts.touched.max(1) as f64,
+            miss_rate: counts.misses as f64 / counts.pages.max(1) as f64,
             misses_per_batch: counts.misses as f64 / batches,
+            pages_per_batch: counts.pages as f64 / batches,
             experts_per_batch: counts.touched as f64 / batches,
             max_violation: used.clone().map(violation).sum::<f64>() / used.count().max(1) as f64,
             rules: Some(self.rules),
         }
+    }
+
+    /// Pages of m experts for every layer, those together that batches touched together so far; no game for layers without experts.
+    ///
+    /// # Errors
+    /// If a page has no room.
+    pub fn place(&self) -> Result<Vec<Placed>, GameError> {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = |layer: &LayerCounts| {
+            place_experts(&layer.together, layer.loads.len(), self.rules.page, MAX_SWEEPS)
+        };
+        counts.layers.iter().map(place).collect()
     }
 }
 
 /// The memory of a layer.
 #[derive(Debug, Default)]
 struct LayerState {
-    /// Resident experts, the most recently used last.
+    /// Resident pages, the most recently used last.
     resident: Vec<u16>,
     /// `[E]` once they are found.
     prices: Vec<f32>,
@@ -105,15 +138,18 @@ struct LayerState {
 #[derive(Debug)]
 pub struct ExpertRouting {
     rules: ExpertRules,
+    /// By layer; stored order where there is none.
+    places: Arc<[Placed]>,
     layers: Vec<LayerState>,
     counts: Arc<Mutex<Counts>>,
 }
 
 impl ExpertRouting {
-    /// With empty fast memories.
-    pub fn new(rules: ExpertRules) -> Self {
+    /// With empty fast memories, and pages as `places` has them for each layer; in stored order where it has none.
+    pub fn new(rules: ExpertRules, places: Arc<[Placed]>) -> Self {
         Self {
             rules,
+            places,
             layers: Vec::new(),
             counts: Arc::default(),
         }
@@ -127,14 +163,23 @@ impl ExpertRouting {
         }
     }
 
+    /// The page of an expert.
+    fn page(&self, layer: usize, e: usize) -> u16 {
+        let placed = self.places.get(layer).and_then(|placed| placed.pages.get(e));
+        placed.copied().unwrap_or((e / self.rules.page.max(1)) as u16)
+    }
+
     /// Ranks one batch and lets it touch its experts.
     fn batch(&mut self, layer: usize, x: &[f32], ranks: &mut [f32], (experts, k): (usize, usize)) {
-        let (rules, state) = (self.rules, &mut self.layers[layer]);
-        let mut rewards = vec![0.0f32; experts];
-        state
-            .resident
-            .iter()
-            .for_each(|&e| rewards[usize::from(e)] = rules.reward);
+        let (rules, state) = (self.rules, &self.layers[layer]);
+        let reward = |e| {
+            if state.resident.contains(&self.page(layer, e)) {
+                rules.reward
+            } else {
+                0.0
+            }
+        };
+        let mut rewards: Vec<f32> = (0..experts).map(reward).collect();
         if !state.prices.is_empty() {
             rewards.iter_mut().zip(&state.prices).for_each(|(r, p)| *r -= p);
         }
@@ -160,26 +205,52 @@ impl ExpertRouting {
             order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
             order[..k].iter().for_each(|&e| loads[e] += 1);
         }
+        self.touch(layer, &loads);
+    }
+
+    /// Counts a batch with these `loads [E]`, and fetches what it needs.
+    fn touch(&mut self, layer: usize, loads: &[u64]) {
+        let touched: Vec<usize> = (0..loads.len()).filter(|&e| loads[e] > 0).collect();
+        let mut pages: Vec<u16> = touched.iter().map(|&e| self.page(layer, e)).collect();
+        pages.sort_unstable();
+        pages.dedup();
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.batches += 1;
-        if counts.loads.len() <= layer {
-            counts.loads.resize(layer + 1, Vec::new());
-        }
-        counts.loads[layer].resize(experts, 0);
-        for (e, &load) in loads.iter().enumerate().filter(|(_, load)| **load > 0) {
-            counts.loads[layer][e] += load;
-            counts.touched += 1;
-            let e = e as u16;
-            match state.resident.iter().position(|&r| r == e) {
+        counts.touched += touched.len() as u64;
+        counts.pages += pages.len() as u64;
+        let layers = counts.layers.len().max(layer + 1);
+        counts.layers.resize_with(layers, LayerCounts::default);
+        counts.layers[layer].add(loads, &touched);
+        let resident = &mut self.layers[layer].resident;
+        for page in pages {
+            match resident.iter().position(|&r| r == page) {
                 Some(at) => {
-                    state.resident.remove(at);
+                    resident.remove(at);
                 }
                 None => counts.misses += 1,
             }
-            state.resident.push(e);
+            resident.push(page);
         }
-        let over = state.resident.len().saturating_sub(rules.resident);
-        state.resident.drain(..over);
+        let room = self.rules.resident / self.rules.page.max(1);
+        let over = resident.len().saturating_sub(room);
+        resident.drain(..over);
+    }
+}
+
+impl LayerCounts {
+    fn add(&mut self, loads: &[u64], touched: &[usize]) {
+        let experts = loads.len();
+        self.loads.resize(experts, 0);
+        self.together.resize(experts * experts, 0.0);
+        self.loads
+            .iter_mut()
+            .zip(loads)
+            .for_each(|(sum, load)| *sum += load);
+        for &e in touched {
+            for &f in touched.iter().filter(|&&f| f != e) {
+                self.together[e * experts + f] += 1.0;
+            }
+        }
     }
 }
 
@@ -280,6 +351,7 @@ mod tests {
 
     const RULES: ExpertRules = ExpertRules {
         resident: 2,
+        page: 1,
         reward: 0.0,
         company: 0.0,
         prices: false,
@@ -287,7 +359,11 @@ mod tests {
     };
 
     fn route(rules: ExpertRules, ranks: &mut [f32], k: usize) -> ExpertUse {
-        let mut routing = ExpertRouting::new(rules);
+        route_from(rules, Arc::default(), ranks, k).read()
+    }
+
+    fn route_from(rules: ExpertRules, places: Arc<[Placed]>, ranks: &mut [f32], k: usize) -> UseHandle {
+        let mut routing = ExpertRouting::new(rules, places);
         let handle = routing.handle();
         let x: Vec<f32> = (0..ranks.len()).map(|i| (i % 5) as f32).collect();
         routing.rank(RoutingCall {
@@ -298,7 +374,24 @@ mod tests {
             experts: 4,
             top_k: k,
         });
-        handle.read()
+        handle
+    }
+
+    #[test]
+    fn experts_of_one_page_come_with_one_fetch() {
+        // Every token wants 0 and 3, or 1 and 2: in stored order two pages each, placed one.
+        let ranks: Vec<f32> = [[2.0, 0.0, 0.0, 1.9], [0.0, 2.0, 1.9, 0.0]].repeat(8).concat();
+        let rules = ExpertRules { page: 2, ..RULES };
+        let stored = route_from(rules, Arc::default(), &mut ranks.clone(), 2);
+        assert_eq!(
+            (stored.read().pages_per_batch, stored.read().miss_rate),
+            (2.0, 1.0)
+        );
+        let places: Arc<[Placed]> = stored.place().unwrap().into();
+        assert_eq!(places[0].pages, [0, 1, 1, 0]);
+        let placed = route_from(rules, places, &mut ranks.clone(), 2).read();
+        assert_eq!((placed.pages_per_batch, placed.misses_per_batch), (1.0, 1.0));
+        assert_eq!(placed.experts_per_batch, 2.0);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! | [`prices`] | the fast form: every token takes its `top-k(s − p)`, prices move until loads balance |
 //! | [`cache`] | equilibrium cache: prices per layer, from batch to batch, dropped when scores drift |
 //! | [`neighbours`] | k nearest tokens by cosine, symmetrised |
+//! | [`placement`] | experts that fire together share a page of slow memory |
 //! | [`certificate`] | regrets and balance, computed without the solvers' code |
 //!
 //! Two games with different uses. Congestion *costs* a token in the exact game (Rosenthal 1973), so loads are balanced
@@ -20,6 +21,7 @@ pub mod cache;
 pub mod certificate;
 pub mod game;
 pub mod neighbours;
+pub mod placement;
 pub mod prices;
 mod select;
 mod statistics;
@@ -28,6 +30,7 @@ pub use cache::{CacheStatistics, PriceCache};
 pub use certificate::{GameCertificate, PriceCertificate, certify_game, certify_prices};
 pub use game::{Played, RoutingGame, Rules};
 pub use neighbours::Neighbours;
+pub use placement::{Placed, certify_placement, place_experts};
 pub use prices::{Balance, Balanced, PriceRouter};
 pub use statistics::ScoreStatistics;
 

@@ -96,7 +96,7 @@ impl Bench {
         loaded.tokenizer()?;
         // From here on a prompt could be read.
         let ready = crate::START.elapsed().as_secs_f64();
-        let handle = self.experts.apply(&mut loaded)?;
+        let handle = self.experts.apply(&mut loaded, ui)?;
         let options = SpeedOptions {
             prompt_tokens: self.n_prompt,
             generate_tokens: self.n_gen,
