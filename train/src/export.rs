@@ -190,6 +190,7 @@ mod tests {
         batch: 4,
         steps: 40,
         rate: 3e-3,
+        strength: None,
         seed: 3,
     };
 

@@ -99,6 +99,9 @@ struct Setting {
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     rate: f64,
+    /// Weight α of the auxiliary loss, or step u of the loss-free bias [default: the best of three tried]
+    #[arg(long)]
+    strength: Option<f64>,
 }
 
 impl Setting {
@@ -115,11 +118,13 @@ impl Setting {
         }
     }
 
-    fn plan(&self, seed: u64) -> Plan {
+    fn plan(&self, rule: Rule, seed: u64) -> Plan {
+        let usual = rule.usual_strength();
         Plan {
             batch: self.batch,
             steps: self.tokens.div_ceil(self.batch * self.context),
             rate: self.rate,
+            strength: usual.and(self.strength.or(usual)),
             seed,
         }
     }
@@ -146,7 +151,7 @@ fn run(command: Command) -> Result<()> {
             let corpus = Corpus::read(&setting.text, setting.vocabulary)?;
             let shape = setting.shape(rule, &corpus);
             let (model, router, outcome) =
-                train::train(shape, rule, setting.plan(seed), &corpus, &bar(rule, seed))?;
+                train::train(shape, rule, setting.plan(rule, seed), &corpus, &bar(rule, seed))?;
             export::write(&output, &model, &shape, &router, &corpus)?;
             println!("{}", table(&[outcome]));
         }
@@ -173,12 +178,12 @@ fn run(command: Command) -> Result<()> {
             };
             for seed in 1..=seeds {
                 for &rule in &rules {
-                    if outcomes.iter().any(|o| o.rule == rule && o.seed == seed) {
+                    let (shape, plan) = (setting.shape(rule, &corpus), setting.plan(rule, seed));
+                    let known = |o: &Outcome| (o.rule, o.shape, o.plan) == (rule, shape, plan);
+                    if outcomes.iter().any(known) {
                         continue;
                     }
-                    let shape = setting.shape(rule, &corpus);
-                    let (_, _, outcome) =
-                        train::train(shape, rule, setting.plan(seed), &corpus, &bar(rule, seed))?;
+                    let (_, _, outcome) = train::train(shape, rule, plan, &corpus, &bar(rule, seed))?;
                     outcomes.push(outcome);
                     if let Some(path) = &json {
                         nash_core::atomic::write(path, serde_json::to_string_pretty(&outcomes)?)?;
@@ -203,11 +208,12 @@ fn bar(rule: Rule, seed: u64) -> ProgressBar {
         .with_prefix(format!("{}, seed {seed}", name(rule)))
 }
 
-/// A row per rule: means over the seeds, and their standard deviation.
+/// A row per rule and strength: means over the seeds, and their standard deviation.
 fn table(outcomes: &[Outcome]) -> Table {
     let mut table = Table::new();
     table.set_header([
         "rule",
+        "strength",
         "seeds",
         "weights",
         "loss, held back",
@@ -218,14 +224,15 @@ fn table(outcomes: &[Outcome]) -> Table {
         "choosing, µs",
         "s",
     ]);
-    let mut rules: Vec<Rule> = Vec::new();
-    outcomes.iter().for_each(|o| {
-        if !rules.contains(&o.rule) {
-            rules.push(o.rule)
+    let kind = |o: &Outcome| (o.rule, o.plan.strength);
+    let mut kinds = Vec::new();
+    for outcome in outcomes {
+        if !kinds.contains(&kind(outcome)) {
+            kinds.push(kind(outcome));
         }
-    });
-    for rule in rules {
-        let of: Vec<&Outcome> = outcomes.iter().filter(|o| o.rule == rule).collect();
+    }
+    for (rule, strength) in kinds {
+        let of: Vec<&Outcome> = outcomes.iter().filter(|o| kind(o) == (rule, strength)).collect();
         let value = |digits: usize, get: fn(&Outcome) -> f64| {
             let (mean, deviation) = mean_and_deviation(of.iter().map(|o| get(o)));
             if of.len() > 1 {
@@ -236,8 +243,9 @@ fn table(outcomes: &[Outcome]) -> Table {
         };
         table.add_row([
             name(rule),
+            strength.map_or_else(String::new, |strength| strength.to_string()),
             of.len().to_string(),
-            of[0].parameters.to_string(),
+            of[0].shape.parameters().to_string(),
             value(4, |o| o.validation_loss),
             value(2, |o| o.validation.batch_violation),
             value(2, |o| o.validation.global_violation),

@@ -22,13 +22,15 @@ const WARM_UP: f64 = 0.05;
 const VALIDATION: usize = 40;
 
 /// How to train.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Plan {
     /// Windows of a batch.
     pub(crate) batch: usize,
     pub(crate) steps: usize,
     /// The highest learning rate.
     pub(crate) rate: f64,
+    /// α of the auxiliary loss, u of the loss-free bias.
+    pub(crate) strength: Option<f64>,
     pub(crate) seed: u64,
 }
 
@@ -36,10 +38,8 @@ pub(crate) struct Plan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) rule: Rule,
-    pub(crate) seed: u64,
-    pub(crate) parameters: usize,
-    /// Tokens trained on.
-    pub(crate) tokens: usize,
+    pub(crate) shape: Shape,
+    pub(crate) plan: Plan,
     /// Mean loss of the last tenth of the steps, nats per token.
     pub(crate) train_loss: f64,
     /// Loss of the held-back text, experts chosen with the bias alone.
@@ -62,7 +62,7 @@ pub(crate) fn train(
     let device = Device::flex();
     let learning = device.clone().autodiff();
     let mut model = Model::new(shape, plan.seed, &learning);
-    let mut router = Router::new(rule, &shape)?;
+    let mut router = Router::new(rule, &shape, plan.strength)?;
     let constants = Constants::new(shape, &learning);
     let mut optimizer = AdamWConfig::new()
         .with_beta_2(0.95)
@@ -111,9 +111,8 @@ pub(crate) fn train(
     );
     let outcome = Outcome {
         rule,
-        seed: plan.seed,
-        parameters: shape.parameters(),
-        tokens: plan.steps * plan.batch * shape.context,
+        shape,
+        plan,
         train_loss: sum / count.max(1) as f64,
         validation_loss: losses.iter().sum::<f64>() / losses.len() as f64,
         seconds,

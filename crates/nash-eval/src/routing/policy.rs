@@ -6,7 +6,7 @@
 //!
 //! The rules, all in units of the standard deviation of a token's scores over the experts, so that one number fits all layers:
 //!
-//! - prices `p_e` that balance the first call, then frozen ([`PriceRouter`]);
+//! - prices `p_e`, the mean of those that balance each of the first calls ([`PriceRouter`]), then frozen;
 //! - a reward r for resident experts: `top-k(s − p + r)`. It moves the choice only, never the mixing weights;
 //! - company β for each expert shared with one of 7 nearest tokens of the batch, played to the equilibrium of [`RoutingGame`].
 
@@ -25,8 +25,10 @@ const FLOCK: usize = 7;
 const MAX_SWEEPS: usize = 100;
 /// Experts per token that the game and the prices can handle.
 const MOST: usize = 8;
-/// Tokens that prices are found for, at least.
+/// Tokens of a call that prices are found for, at least.
 const PRICE_TOKENS: usize = 64;
+/// Such calls, until prices are frozen: one call's balance is noise, their mean is not.
+const PRICE_CALLS: usize = 64;
 
 /// How experts are ranked.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -130,8 +132,9 @@ impl UseHandle {
 struct LayerState {
     /// Resident pages, the most recently used last.
     resident: Vec<u16>,
-    /// `[E]` once they are found.
+    /// `[E]` once they are found: the mean over `priced` calls.
     prices: Vec<f32>,
+    priced: usize,
 }
 
 /// [`ExpertRules`] at work.
@@ -272,12 +275,9 @@ impl RoutingPolicy for ExpertRouting {
             ranks.iter_mut().for_each(|rank| *rank *= scale);
         }
         let tokens = ranks.len() / experts;
-        if self.rules.prices
-            && self.layers[layer].prices.is_empty()
-            && tokens >= PRICE_TOKENS
-            && top_k <= MOST
-        {
-            self.layers[layer].prices = prices(ranks, experts, top_k).unwrap_or_default();
+        let state = &mut self.layers[layer];
+        if self.rules.prices && state.priced < PRICE_CALLS && tokens >= PRICE_TOKENS && top_k <= MOST {
+            state.reprice(ranks, experts, top_k);
         }
         let batch = self.rules.batch.max(1);
         for (x, ranks) in x.chunks(batch * width).zip(ranks.chunks_mut(batch * experts)) {
@@ -296,13 +296,31 @@ fn deviation(ranks: &[f32]) -> f32 {
     (finite.map(|r| (r - mean).powi(2)).sum::<f32>() / n.max(1.0)).sqrt()
 }
 
-/// Prices that balance the tokens of `ranks`; `None` if they cannot be had.
-fn prices(ranks: &[f32], experts: usize, k: usize) -> Option<Vec<f32>> {
+impl LayerState {
+    /// Takes the prices that balance the tokens of `ranks` into the mean; leaves it if they cannot be had.
+    fn reprice(&mut self, ranks: &[f32], experts: usize, k: usize) {
+        let Some(found) = balancing(ranks, experts, k, &self.prices) else {
+            return;
+        };
+        self.prices.resize(experts, 0.0);
+        self.priced += 1;
+        let share = 1.0 / self.priced as f32;
+        for (mean, price) in self.prices.iter_mut().zip(found) {
+            *mean += share * (price - *mean);
+        }
+    }
+}
+
+/// Prices that balance the tokens of `ranks`, searched from `start`, if there is one; `None` if they cannot be had.
+fn balancing(ranks: &[f32], experts: usize, k: usize, start: &[f32]) -> Option<Vec<f32>> {
     let scores = Scores::new(ranks, experts).ok()?;
-    let mut statistics = ScoreStatistics::default();
-    statistics.measure(scores);
-    let (mut prices, mut choices) = (vec![0.0; experts], vec![0; scores.tokens() * k]);
-    statistics.guess_prices(k, &mut prices);
+    let (mut prices, mut choices) = (start.to_vec(), vec![0; scores.tokens() * k]);
+    if prices.is_empty() {
+        let mut statistics = ScoreStatistics::default();
+        statistics.measure(scores);
+        prices.resize(experts, 0.0);
+        statistics.guess_prices(k, &mut prices);
+    }
     let options = Balance {
         max_steps: 16,
         tolerance: 0.12,
@@ -379,19 +397,22 @@ mod tests {
 
     #[test]
     fn experts_of_one_page_come_with_one_fetch() {
-        // Every token wants 0 and 3, or 1 and 2: in stored order two pages each, placed one.
-        let ranks: Vec<f32> = [[2.0, 0.0, 0.0, 1.9], [0.0, 2.0, 1.9, 0.0]].repeat(8).concat();
+        // Eight tokens want 0 and 3, eight 1 and 2; there is room for one page of two.
+        let ranks = [[2.0, 0.0, 0.0, 1.9].repeat(8), [0.0, 2.0, 1.9, 0.0].repeat(8)].concat();
         let rules = ExpertRules { page: 2, ..RULES };
         let stored = route_from(rules, Arc::default(), &mut ranks.clone(), 2);
+        let used = stored.read();
+        assert_eq!((used.experts_per_batch, used.pages_per_batch), (2.0, 2.0));
         assert_eq!(
-            (stored.read().pages_per_batch, stored.read().miss_rate),
-            (2.0, 1.0)
+            used.misses_per_batch,
+            17.0 / 16.0,
+            "of two pages one makes room for the other"
         );
         let places: Arc<[Placed]> = stored.place().unwrap().into();
         assert_eq!(places[0].pages, [0, 1, 1, 0]);
         let placed = route_from(rules, places, &mut ranks.clone(), 2).read();
-        assert_eq!((placed.pages_per_batch, placed.misses_per_batch), (1.0, 1.0));
-        assert_eq!(placed.experts_per_batch, 2.0);
+        assert_eq!((placed.experts_per_batch, placed.pages_per_batch), (2.0, 1.0));
+        assert_eq!(placed.misses_per_batch, 2.0 / 16.0);
     }
 
     #[test]
