@@ -102,6 +102,49 @@ fn from_dense_to_packed_experts() {
     assert!(!stdout(&answer).trim_end_matches('\n').is_empty());
 }
 
+/// A mixture whose router was trained; how it was made is told beside it.
+fn trained() -> &'static str {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/moe")
+}
+
+/// What `eval` says of the trained mixture with these options, on the built-in text: perplexity and use of experts.
+fn routed(options: &[&str]) -> Vec<(f64, serde_json::Value)> {
+    let fixed = ["eval", trained(), "--ctx", "128", "--chunks", "8", "--resident", "8"];
+    let report = json(&fixed.iter().chain(options).copied().collect::<Vec<_>>());
+    let rows = report["rows"].as_array().unwrap().iter();
+    rows.map(|row| (number(row, "perplexity"), row["expert_use"].clone()))
+        .collect()
+}
+
+#[test]
+fn rules_do_to_a_trained_router_what_they_are_for() {
+    let plain = routed(&["--routing", "top-k", "--routing-batch", "8"]).remove(0);
+    assert!(plain.0 < 300.0, "a vocabulary of 2048 was learnt: {}", plain.0);
+    let same = |rule: &(f64, serde_json::Value)| {
+        assert!(rule.0 > plain.0 && rule.0 < 1.2 * plain.0, "{} {}", plain.0, rule.0);
+    };
+
+    let rewarded = routed(&["--routing", "cache-aware", "--reward", "0.5", "--routing-batch", "8"]).remove(0);
+    same(&rewarded);
+    assert!(number(&rewarded.1, "misses_per_batch") < 0.8 * number(&plain.1, "misses_per_batch"));
+
+    let together = routed(&["--routing", "top-k", "--company", "0.2", "--routing-batch", "8"]).remove(0);
+    same(&together);
+    assert!(number(&together.1, "experts_per_batch") < 0.9 * number(&plain.1, "experts_per_batch"));
+
+    let balanced = routed(&["--routing", "top-k", "--prices", "--routing-batch", "8"]).remove(0);
+    same(&balanced);
+    assert!(number(&balanced.1, "max_violation") < 0.7 * number(&plain.1, "max_violation"));
+
+    // Placement changes no answer.
+    let pages = ["--routing", "top-k", "--page", "4"];
+    let stored = routed(&pages).remove(0);
+    let placed = routed(&[&pages[..], &["--place", "book"]].concat()).remove(0);
+    assert_eq!(placed.0, stored.0);
+    assert!(number(&placed.1, "pages_per_batch") < 0.9 * number(&stored.1, "pages_per_batch"));
+    assert!(number(&placed.1, "misses_per_batch") < number(&stored.1, "misses_per_batch"));
+}
+
 #[test]
 fn single_neurons_are_the_yardstick() {
     let dir = tempfile::tempdir().unwrap();
