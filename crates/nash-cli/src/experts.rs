@@ -41,6 +41,9 @@ pub(crate) struct Experts {
         requires = "routing"
     )]
     reward: Vec<f32>,
+    /// Best experts of a token that it gets whatever is in fast memory: higher answers better and fetches more
+    #[arg(long, value_name = "J", default_value_t = 1, requires = "routing")]
+    keep: usize,
     /// Give experts prices that balance their loads over the first tokens
     #[arg(long, requires = "routing")]
     prices: bool,
@@ -82,6 +85,7 @@ impl Experts {
             resident: self.resident.unwrap_or(moe.experts.div_ceil(2)),
             page: self.page.into(),
             reward,
+            keep: self.keep,
             company: self.company,
             prices: self.prices,
             batch: self.routing_batch,
@@ -99,6 +103,7 @@ impl Experts {
             format!("--routing={}", rule.get_name()),
             format!("--reward={}", rewards.join(",")),
             format!("--page={}", self.page),
+            format!("--keep={}", self.keep),
             format!("--company={}", self.company),
             format!("--routing-batch={}", self.routing_batch),
         ];

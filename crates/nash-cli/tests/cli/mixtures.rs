@@ -109,7 +109,16 @@ fn trained() -> &'static str {
 
 /// What `eval` says of the trained mixture with these options, on the built-in text: perplexity and use of experts.
 fn routed(options: &[&str]) -> Vec<(f64, serde_json::Value)> {
-    let fixed = ["eval", trained(), "--ctx", "128", "--chunks", "8", "--resident", "8"];
+    let fixed = [
+        "eval",
+        trained(),
+        "--ctx",
+        "128",
+        "--chunks",
+        "8",
+        "--resident",
+        "8",
+    ];
     let report = json(&fixed.iter().chain(options).copied().collect::<Vec<_>>());
     let rows = report["rows"].as_array().unwrap().iter();
     rows.map(|row| (number(row, "perplexity"), row["expert_use"].clone()))
@@ -121,10 +130,23 @@ fn rules_do_to_a_trained_router_what_they_are_for() {
     let plain = routed(&["--routing", "top-k", "--routing-batch", "8"]).remove(0);
     assert!(plain.0 < 300.0, "a vocabulary of 2048 was learnt: {}", plain.0);
     let same = |rule: &(f64, serde_json::Value)| {
-        assert!(rule.0 > plain.0 && rule.0 < 1.2 * plain.0, "{} {}", plain.0, rule.0);
+        assert!(
+            rule.0 > plain.0 && rule.0 < 1.2 * plain.0,
+            "{} {}",
+            plain.0,
+            rule.0
+        );
     };
 
-    let rewarded = routed(&["--routing", "cache-aware", "--reward", "0.5", "--routing-batch", "8"]).remove(0);
+    let rewarded = routed(&[
+        "--routing",
+        "cache-aware",
+        "--reward",
+        "0.5",
+        "--routing-batch",
+        "8",
+    ])
+    .remove(0);
     same(&rewarded);
     assert!(number(&rewarded.1, "misses_per_batch") < 0.8 * number(&plain.1, "misses_per_batch"));
 

@@ -7,7 +7,8 @@
 //! The rules, all in units of the standard deviation of a token's scores over the experts, so that one number fits all layers:
 //!
 //! - prices `p_e`, the mean of those that balance each of the first calls ([`PriceRouter`]), then frozen;
-//! - a reward r for resident experts: `top-k(s − p + r)`. It moves the choice only, never the mixing weights;
+//! - a reward r for resident experts: `top-k(s − p + r)`, but the J best by `s − p` come first whatever is resident (as in Skliar et al. 2024, arXiv 2412.00099, whose J is
+//!   1 or 2). It moves the choice only, never the mixing weights;
 //! - company β for each expert shared with one of 7 nearest tokens of the batch, played to the equilibrium of [`RoutingGame`].
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +26,8 @@ const FLOCK: usize = 7;
 const MAX_SWEEPS: usize = 100;
 /// Experts per token that the game and the prices can handle.
 const MOST: usize = 8;
+/// What an expert that must be chosen is worth more: beyond any score, price and reward.
+const KEPT: f32 = 1e9;
 /// Tokens of a call that prices are found for, at least.
 const PRICE_TOKENS: usize = 64;
 /// Such calls, until prices are frozen: one call's balance is noise, their mean is not.
@@ -39,6 +42,8 @@ pub struct ExpertRules {
     pub page: usize,
     /// r.
     pub reward: f32,
+    /// J, experts of a token that no reward drives out; at most k − 1.
+    pub keep: usize,
     /// β.
     pub company: f32,
     /// Whether experts have prices.
@@ -182,18 +187,26 @@ impl ExpertRouting {
                 0.0
             }
         };
-        let mut rewards: Vec<f32> = (0..experts).map(reward).collect();
-        if !state.prices.is_empty() {
-            rewards.iter_mut().zip(&state.prices).for_each(|(r, p)| *r -= p);
-        }
+        let rewards: Vec<f32> = (0..experts).map(reward).collect();
         let tokens = ranks.len() / experts;
+        let mut order: Vec<usize> = Vec::with_capacity(experts);
+        for ranks in ranks.chunks_exact_mut(experts) {
+            ranks
+                .iter_mut()
+                .zip(&state.prices)
+                .for_each(|(rank, p)| *rank -= p);
+        }
         let choices = if rules.company > 0.0 && tokens > 1 && k <= MOST {
             play(x, ranks, &rewards, (experts, k), rules.company)
         } else {
             None
         };
         for ranks in ranks.chunks_exact_mut(experts) {
+            by_rank(ranks, &mut order);
             ranks.iter_mut().zip(&rewards).for_each(|(rank, r)| *rank += r);
+            for &e in &order[..rules.keep.min(k - 1)] {
+                ranks[e] += KEPT;
+            }
         }
         if let Some(choices) = &choices {
             for (ranks, choices) in ranks.chunks_exact_mut(experts).zip(choices.chunks_exact(k)) {
@@ -201,11 +214,8 @@ impl ExpertRouting {
             }
         }
         let mut loads = vec![0u64; experts];
-        let mut order: Vec<usize> = Vec::with_capacity(experts);
         for ranks in ranks.chunks_exact(experts) {
-            order.clear();
-            order.extend(0..experts);
-            order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
+            by_rank(ranks, &mut order);
             order[..k].iter().for_each(|&e| loads[e] += 1);
         }
         self.touch(layer, &loads);
@@ -284,6 +294,13 @@ impl RoutingPolicy for ExpertRouting {
             self.batch(layer, x, ranks, (experts, top_k));
         }
     }
+}
+
+/// Experts in `order`, the highest rank first.
+fn by_rank(ranks: &[f32], order: &mut Vec<usize>) {
+    order.clear();
+    order.extend(0..ranks.len());
+    order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
 }
 
 /// Standard deviation of the finite ranks of a token.
@@ -371,6 +388,7 @@ mod tests {
         resident: 2,
         page: 1,
         reward: 0.0,
+        keep: 0,
         company: 0.0,
         prices: false,
         batch: 1,
@@ -432,6 +450,22 @@ mod tests {
         let mut kept = ranks.clone();
         let paid = route(ExpertRules { reward: 9.0, ..RULES }, &mut kept, 1);
         assert_eq!(paid.miss_rate, 1.0 / 5.0, "the first expert stays");
+        let kept = ExpertRules {
+            reward: 9.0,
+            keep: 1,
+            ..RULES
+        };
+        let both = route(kept, &mut ranks.clone(), 2);
+        assert_eq!(
+            both.misses_per_batch,
+            (5.0 + 1.0) / 5.0,
+            "every favourite is fetched, what comes second once"
+        );
+        assert_eq!(
+            route(kept, &mut ranks.clone(), 1).miss_rate,
+            1.0 / 5.0,
+            "of one expert none is kept"
+        );
         let batch = route(ExpertRules { batch: 5, ..RULES }, &mut ranks.clone(), 1);
         assert_eq!((batch.experts_per_batch, batch.misses_per_batch), (3.0, 3.0));
     }
