@@ -60,7 +60,16 @@ fn from_dense_to_packed_experts() {
     assert!(number(&rows[2], "kl_mean") > 1e-6, "{}", rows[2]);
 
     // A reward for experts at hand is counted, and keeps more of them.
-    let routing = ["--routing", "cache-aware", "--resident", "4", "--reward", "0,4"];
+    let routing = [
+        "--routing",
+        "cache-aware",
+        "--resident",
+        "4",
+        "--reward",
+        "0,4",
+        "--keep",
+        "0",
+    ];
     let rows = eval(&[arg(&part)], &routing);
     let misses = |reward: f64| {
         let row = rows
