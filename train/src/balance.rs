@@ -59,11 +59,10 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    /// The best of three on the held-back text: α of 0.01, 0.03, 0.1, and u of 0.001 (that of Wang et al., whose runs are longer), 0.01, 0.03.
+    /// The best tried on the held-back text: α of 0.01 and 0.1; u of 0.001 (that of Wang et al., whose runs are longer), 0.01 and 0.03.
     pub(crate) fn usual_strength(self) -> Option<f64> {
         match self {
-            Self::AuxiliaryLoss => Some(0.01),
-            Self::LossFree => Some(0.01),
+            Self::AuxiliaryLoss | Self::LossFree => Some(0.01),
             _ => None,
         }
     }

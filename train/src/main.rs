@@ -99,7 +99,7 @@ struct Setting {
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     rate: f64,
-    /// Weight α of the auxiliary loss, or step u of the loss-free bias [default: the best of three tried]
+    /// Weight α of the auxiliary loss, or step u of the loss-free bias [default: 0.01, the best tried]
     #[arg(long)]
     strength: Option<f64>,
 }
