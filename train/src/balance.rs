@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Tensor, TensorData};
 use nash_games::routing::{
-    Balance, Neighbours, PriceCache, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores,
-    cache::DRIFT_LIMIT,
+    Balance, FLOCK, Neighbours, PriceCache, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores,
+    cache::DRIFT_LIMIT, load_balance,
 };
 use serde::{Deserialize, Serialize};
 
@@ -31,8 +31,6 @@ const BALANCE: Balance = Balance {
     max_steps: 2,
     tolerance: 0.1,
 };
-/// Neighbours of a token: those of a starling.
-const FLOCK: usize = 7;
 /// What a shared expert with a neighbour is worth, in standard deviations of a token's scores.
 const COMPANY: f64 = 0.05;
 /// Sweeps of the exact game, at most.
@@ -156,7 +154,7 @@ impl Router {
     /// What was counted.
     pub(crate) fn usage(&self) -> Usage {
         let calls = self.batches.max(1) as f64;
-        let global: f64 = self.layers.iter().map(|layer| violation(&layer.loads)).sum();
+        let global: f64 = self.layers.iter().map(|layer| load_balance(&layer.loads).0).sum();
         let cache = self.cache.statistics();
         Usage {
             batch_violation: self.violation / calls,
@@ -182,7 +180,7 @@ impl Router {
         let mut loads = vec![0u64; self.experts];
         choices.iter().for_each(|&e| loads[usize::from(e)] += 1);
         self.batches += 1;
-        self.violation += violation(&loads);
+        self.violation += load_balance(&loads).0;
         let state = &mut self.layers[layer];
         state
             .loads
@@ -278,19 +276,6 @@ fn spread(scores: Scores<'_>) -> f64 {
     };
     let sum: f64 = scores.values().chunks_exact(scores.experts()).map(variance).sum();
     (sum / scores.tokens().max(1) as f64).sqrt()
-}
-
-/// MaxVio.
-fn violation(loads: &[u64]) -> f64 {
-    let (most, all) = (
-        loads.iter().max().copied().unwrap_or(0),
-        loads.iter().sum::<u64>(),
-    );
-    if all == 0 {
-        0.0
-    } else {
-        most as f64 * loads.len() as f64 / all as f64 - 1.0
-    }
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ impl Matrix {
 
 /// Rounds `values [m, n]` to nearest, with the largest of every group at ±127.
 fn pack(values: &[f32], cols: usize) -> PackedMatrix {
-    let width = Width::ALL[Width::ALL.len() - 1];
+    let width = Width::new(8).expect("a width of the layout");
     let mut unpacked = Unpacked {
         codes: Vec::with_capacity(values.len()),
         scale_codes: Vec::new(),

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use nash_games::GameError;
 use nash_games::routing::{
-    Balance, Neighbours, PriceCache, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores, cache,
-    certify_game, certify_prices,
+    Balance, FLOCK, Neighbours, PriceCache, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores, cache,
+    certify_game, certify_prices, load_balance,
 };
 
 use super::layer::{DenseLayer, MixtureLayer, Storage};
@@ -14,8 +14,6 @@ use super::{RoutingOptions, RoutingRow, RoutingShape};
 use crate::EvalError;
 use crate::stats::median;
 
-/// Neighbours of a token: those of a starling.
-const FLOCK: usize = 7;
 /// Runs of a layer for each repeat: it is measured on one batch only.
 const LAYER_RUNS: usize = 4;
 
@@ -210,7 +208,7 @@ impl Bench<'_> {
     /// Notes what choices are worth, whatever the method.
     fn note(&self, found: &mut Findings, batch: &Batch, neighbours: &Neighbours, choices: &[u16]) {
         let (k, experts) = (self.shape.top_k, self.shape.experts);
-        let mut loads = vec![0u32; experts];
+        let mut loads = vec![0u64; experts];
         let (mut score, mut shared) = (0.0, 0usize);
         for (token, set) in choices.chunks(k).enumerate() {
             for &e in set {
@@ -222,12 +220,10 @@ impl Bench<'_> {
                 shared += set.iter().filter(|e| other.contains(e)).count();
             }
         }
-        let mean = choices.len() as f64 / experts as f64;
-        let squares: f64 = loads.iter().map(|&l| (f64::from(l) - mean).powi(2)).sum();
-        let largest = f64::from(loads.iter().copied().max().unwrap_or(0));
         let batches = self.neighbours.len() as f64;
-        found.max_violation = found.max_violation.max(largest / mean - 1.0);
-        found.load_cv += (squares / experts as f64).sqrt() / mean / batches;
+        let (violation, load_cv) = load_balance(&loads);
+        found.max_violation = found.max_violation.max(violation);
+        found.load_cv += load_cv / batches;
         found.score += score / choices.len() as f64 / batches;
         found.shared += shared as f64 / (2 * neighbours.pairs() * k).max(1) as f64 / batches;
     }

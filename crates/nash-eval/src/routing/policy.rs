@@ -15,13 +15,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nash_games::GameError;
 use nash_games::routing::{
-    Balance, Neighbours, Placed, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores, place_experts,
+    Balance, FLOCK, Neighbours, Placed, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores,
+    load_balance, place_experts,
 };
 use nash_models::{RoutingCall, RoutingPolicy};
 use serde::{Deserialize, Serialize};
 
-/// Neighbours of a token: those of a starling.
-const FLOCK: usize = 7;
 /// Sweeps of a game, at most.
 const MAX_SWEEPS: usize = 100;
 /// Experts per token that the game and the prices can handle.
@@ -100,14 +99,7 @@ impl UseHandle {
     pub fn read(&self) -> ExpertUse {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let used = counts.layers.iter().filter(|layer| !layer.loads.is_empty());
-        let violation = |layer: &LayerCounts| {
-            let loads = &layer.loads;
-            let (most, all) = (
-                loads.iter().max().copied().unwrap_or(0),
-                loads.iter().sum::<u64>(),
-            );
-            most as f64 * loads.len() as f64 / all.max(1) as f64 - 1.0
-        };
+        let violation = |layer: &LayerCounts| load_balance(&layer.loads).0;
         let batches = counts.batches.max(1) as f64;
         ExpertUse {
             miss_rate: counts.misses as f64 / counts.pages.max(1) as f64,
@@ -201,12 +193,18 @@ impl ExpertRouting {
         } else {
             None
         };
+        // Without a reward the best come first anyway.
+        let kept = if rules.reward == 0.0 {
+            0
+        } else {
+            rules.keep.min(k - 1)
+        };
         for ranks in ranks.chunks_exact_mut(experts) {
-            by_rank(ranks, &mut order);
-            ranks.iter_mut().zip(&rewards).for_each(|(rank, r)| *rank += r);
-            for &e in &order[..rules.keep.min(k - 1)] {
-                ranks[e] += KEPT;
+            if kept > 0 {
+                by_rank(ranks, &mut order);
             }
+            ranks.iter_mut().zip(&rewards).for_each(|(rank, r)| *rank += r);
+            order[..kept].iter().for_each(|&e| ranks[e] += KEPT);
         }
         if let Some(choices) = &choices {
             for (ranks, choices) in ranks.chunks_exact_mut(experts).zip(choices.chunks_exact(k)) {

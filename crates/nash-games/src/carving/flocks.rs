@@ -4,10 +4,7 @@
 //! flock grows from the most active neuron that is still free and takes in, one by one, the free neuron with the strongest ties to it.
 
 use crate::error::GameError;
-use crate::routing::Neighbours;
-
-/// Neighbours of a neuron.
-const FLOCK: usize = 7;
+use crate::routing::{FLOCK, Neighbours};
 
 /// The flock of each neuron. `activity [n, T]` is never negative; flock f has `sizes[f]` seats, n together.
 ///

@@ -47,7 +47,7 @@ pub fn certify_game(game: &RoutingGame<'_>, choices: &[u16]) -> Result<GameCerti
     let (k, experts) = (game.top_k, game.scores.experts());
     let loads = count(choices, game.scores, k)?;
     if let Some(capacity) = game.rules.capacity
-        && let Some(expert) = loads.iter().position(|&l| l > capacity)
+        && let Some(expert) = loads.iter().position(|&l| l > capacity as u64)
     {
         let token = choices
             .iter()
@@ -61,11 +61,11 @@ pub fn certify_game(game: &RoutingGame<'_>, choices: &[u16]) -> Result<GameCerti
     for (token, set) in choices.chunks(k).enumerate() {
         let worth = |e: usize| {
             let here = set.contains(&(e as u16));
-            if !here && game.rules.capacity.is_some_and(|c| loads[e] >= c) {
+            if !here && game.rules.capacity.is_some_and(|c| loads[e] >= c as u64) {
                 return None;
             }
             // With this token, which is counted already where it is.
-            let load = (loads[e] + usize::from(!here)) as f64;
+            let load = (loads[e] + u64::from(!here)) as f64;
             let company = game.neighbours.map_or(0, |n| {
                 let with = |&&j: &&u32| choices[j as usize * k..][..k].contains(&(e as u16));
                 n.of(token).iter().filter(with).count()
@@ -79,7 +79,7 @@ pub fn certify_game(game: &RoutingGame<'_>, choices: &[u16]) -> Result<GameCerti
         certificate.unsettled += u64::from(regret > 1e-9 * game.largest_payoff());
         certificate.players += 1;
     }
-    (certificate.max_violation, certificate.load_cv) = balance(&loads);
+    (certificate.max_violation, certificate.load_cv) = load_balance(&loads);
     Ok(certificate)
 }
 
@@ -110,7 +110,7 @@ pub fn certify_prices(
         certificate.max_regret = certificate.max_regret.max(regret(set, worth));
         certificate.players += 1;
     }
-    (certificate.max_violation, certificate.load_cv) = balance(&loads);
+    (certificate.max_violation, certificate.load_cv) = load_balance(&loads);
     let mean = (tokens * k) as f64 / loads.len() as f64;
     let unsold = loads
         .iter()
@@ -142,7 +142,7 @@ fn regret(set: &[u16], worth: impl Iterator<Item = Option<f64>>) -> f64 {
 }
 
 /// Tokens at each expert.
-fn count(choices: &[u16], scores: Scores<'_>, k: usize) -> Result<Vec<usize>, GameError> {
+fn count(choices: &[u16], scores: Scores<'_>, k: usize) -> Result<Vec<u64>, GameError> {
     check_top_k(k, scores.experts())?;
     check_len("choices", scores.tokens() * k, choices.len())?;
     let mut loads = vec![0; scores.experts()];
@@ -158,9 +158,9 @@ fn count(choices: &[u16], scores: Scores<'_>, k: usize) -> Result<Vec<usize>, Ga
     Ok(loads)
 }
 
-/// MaxVio and coefficient of variation of loads; zeros without load.
-fn balance(loads: &[usize]) -> (f64, f64) {
-    let mean = loads.iter().sum::<usize>() as f64 / loads.len().max(1) as f64;
+/// MaxVio (largest over mean, minus 1) and coefficient of variation of `loads [E]`; zeros without load.
+pub fn load_balance(loads: &[u64]) -> (f64, f64) {
+    let mean = loads.iter().sum::<u64>() as f64 / loads.len().max(1) as f64;
     if mean == 0.0 {
         return (0.0, 0.0);
     }

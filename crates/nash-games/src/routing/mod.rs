@@ -27,9 +27,9 @@ mod select;
 mod statistics;
 
 pub use cache::{CacheStatistics, PriceCache};
-pub use certificate::{GameCertificate, PriceCertificate, certify_game, certify_prices};
+pub use certificate::{GameCertificate, PriceCertificate, certify_game, certify_prices, load_balance};
 pub use game::{Played, RoutingGame, Rules};
-pub use neighbours::Neighbours;
+pub use neighbours::{FLOCK, Neighbours};
 pub use placement::{Placed, certify_placement, place_experts};
 pub use prices::{Balance, Balanced, PriceRouter};
 pub use statistics::ScoreStatistics;

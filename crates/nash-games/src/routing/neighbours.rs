@@ -8,6 +8,9 @@ use rayon::prelude::*;
 
 use crate::error::{GameError, check_finite, check_len};
 
+/// Neighbours of a player: as many as a starling looks at (Ballerini et al. 2008).
+pub const FLOCK: usize = 7;
+
 /// Rows compared at once: bounds the memory, `BLOCK · T` floats.
 const BLOCK: usize = 256;
 
