@@ -7,40 +7,37 @@
 //! depends on it is NaN: bad numbers stay visible. A group whose largest magnitude is under 4·10⁻³⁷ is
 //! taken as zero.
 
-use crate::layout::{BLOCK, BLOCKS, GROUP};
+use std::cell::RefCell;
+use std::ops::Range;
+
+use crate::layout::GROUP;
 use crate::pool;
 
 /// Tokens that lie together, group by group: what a matrix kernel holds in registers at a time.
 pub(crate) const TOKEN_BLOCK: usize = 8;
 
-/// One token × one group.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(16))]
-pub(crate) struct ActivationGroup {
-    /// Codes in −127..=127; 0 beyond the last column.
-    pub(crate) codes: [i8; GROUP],
-    /// `−128 · Σ codes[16q + 4l + i]` over `q, i` for lane `l`: what a kernel that stores weights as
-    /// `value + 128` starts its sums with.
-    pub(crate) correction: [i32; 4],
-    /// Scale of the codes; NaN if the group held a NaN or an infinity.
-    pub(crate) scale: f32,
-}
-
-const ZERO: ActivationGroup = ActivationGroup {
-    codes: [0; GROUP],
-    correction: [0; 4],
-    scale: 0.0,
-};
+/// Codes in −127..=127 of one token and group; 0 beyond the last column.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(align(64))]
+pub(crate) struct Codes(pub(crate) [i8; GROUP]);
 
 /// Quantized inputs `x [T, n]`; a buffer to be used again and again.
-///
-/// Blocks of eight tokens are interleaved group by group (`[T/8][groups][8]`, a last block of fewer tokens
-/// is as wide as it needs), so that a kernel reads one contiguous stream.
 #[derive(Clone, Debug, Default)]
 pub struct Activations {
-    groups: Vec<ActivationGroup>,
+    /// Eight tokens each, the last one those that remain. What is left of earlier uses may follow.
+    blocks: Vec<Block>,
     tokens: usize,
     cols: usize,
+}
+
+/// Up to eight tokens, group by group, so that a kernel reads contiguous streams: `[groups][tokens]`. What is left of earlier uses may follow.
+#[derive(Clone, Debug, Default)]
+struct Block {
+    codes: Vec<Codes>,
+    /// `−128 · Σ codes`: what makes up for weights that are stored as `value + 128`.
+    corrections: Vec<i32>,
+    /// Scale of the codes; NaN if the group held a NaN or an infinity.
+    scales: Vec<f32>,
 }
 
 impl Activations {
@@ -56,21 +53,51 @@ impl Activations {
     /// If `x` has not `tokens · cols` elements.
     pub fn quantize(&mut self, x: &[f32], tokens: usize, cols: usize) {
         assert_eq!(Some(x.len()), tokens.checked_mul(cols), "inputs [tokens, cols]");
+        self.quantize_blocks(tokens, cols, |block, tokens, convert| {
+            for (t, token) in tokens.clone().enumerate() {
+                block.quantize(t, tokens.len(), &x[token * cols..][..cols], convert);
+            }
+        });
+    }
+
+    /// Quantizes `tokens` rows of `cols` columns that `fill(token, row)` writes, replacing what was there: for inputs that are
+    /// gathered or computed on the way, without a copy of them all. `row` holds anything before.
+    pub fn quantize_with(&mut self, tokens: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) {
+        thread_local!(static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
+        self.quantize_blocks(tokens, cols, |block, tokens, convert| {
+            // Taken out while in use: `fill` may come back here.
+            let mut row = ROW.take();
+            row.resize(cols, 0.0);
+            for (t, token) in tokens.clone().enumerate() {
+                fill(token, &mut row);
+                block.quantize(t, tokens.len(), &row, convert);
+            }
+            ROW.set(row);
+        });
+    }
+
+    /// Has the blocks written, each for the given tokens.
+    fn quantize_blocks(
+        &mut self,
+        tokens: usize,
+        cols: usize,
+        write: impl Fn(&mut Block, Range<usize>, Convert) + Sync,
+    ) {
         (self.tokens, self.cols) = (tokens, cols);
-        let groups = cols.div_ceil(GROUP);
-        self.groups.clear();
-        self.groups.resize(tokens * groups, ZERO);
-        if groups == 0 {
+        if tokens == 0 || cols == 0 {
             return;
         }
+        let blocks = tokens.div_ceil(TOKEN_BLOCK);
+        if self.blocks.len() < blocks {
+            self.blocks.resize_with(blocks, Block::default);
+        }
         let convert = convert_for_cpu();
-        pool::for_each_chunk(&mut self.groups, TOKEN_BLOCK * groups, |block, out| {
-            let in_block = out.len() / groups;
-            for t in 0..in_block {
-                let token = &x[(block * TOKEN_BLOCK + t) * cols..][..cols];
-                for (group, x) in token.chunks(GROUP).enumerate() {
-                    convert(x, &mut out[group * in_block + t]);
-                }
+        pool::for_each_chunk(&mut self.blocks[..blocks], 1, |block, out| {
+            let first = block * TOKEN_BLOCK;
+            let tokens = first..tokens.min(first + TOKEN_BLOCK);
+            for out in out {
+                out.grow(tokens.len() * cols.div_ceil(GROUP));
+                write(out, tokens.clone(), convert);
             }
         });
     }
@@ -99,24 +126,58 @@ impl Activations {
             token < self.tokens && group < self.groups(),
             "activations [{token}, {group}]"
         );
-        let (block, in_block) = self.block(token - token % TOKEN_BLOCK);
-        let found = &block[group * in_block + token % TOKEN_BLOCK];
-        (&found.codes, found.scale)
+        let block = self.block(token - token % TOKEN_BLOCK, group..group + 1);
+        let at = token % TOKEN_BLOCK;
+        (&block.codes[at].0, block.scales[at])
     }
 
-    /// The block of tokens that begins at `first` (a multiple of [`TOKEN_BLOCK`]), `[groups][in_block]`,
-    /// and the number of its tokens.
-    pub(crate) fn block(&self, first: usize) -> (&[ActivationGroup], usize) {
+    /// Some groups of the block of tokens that begins at `first`, a multiple of [`TOKEN_BLOCK`].
+    #[inline]
+    pub(crate) fn block(&self, first: usize, groups: Range<usize>) -> TokenBlock<'_> {
         debug_assert!(first.is_multiple_of(TOKEN_BLOCK) && first < self.tokens);
-        let in_block = TOKEN_BLOCK.min(self.tokens - first);
-        (
-            &self.groups[first * self.groups()..][..in_block * self.groups()],
-            in_block,
-        )
+        let tokens = TOKEN_BLOCK.min(self.tokens - first);
+        let block = &self.blocks[first / TOKEN_BLOCK];
+        let range = groups.start * tokens..groups.end * tokens;
+        TokenBlock {
+            codes: &block.codes[range.clone()],
+            corrections: &block.corrections[range.clone()],
+            scales: &block.scales[range],
+            tokens,
+        }
     }
 }
 
-type Convert = fn(&[f32], &mut ActivationGroup);
+/// Some groups of up to eight tokens, `[groups][tokens]`.
+#[derive(Debug)]
+pub(crate) struct TokenBlock<'a> {
+    pub(crate) codes: &'a [Codes],
+    pub(crate) corrections: &'a [i32],
+    pub(crate) scales: &'a [f32],
+    pub(crate) tokens: usize,
+}
+
+impl Block {
+    /// Has room for so many groups of tokens. Never shrinks: what is cut off would be cleared when it is needed again.
+    fn grow(&mut self, len: usize) {
+        if self.codes.len() < len {
+            self.codes.resize(len, Codes([0; GROUP]));
+            self.corrections.resize(len, 0);
+            self.scales.resize(len, 0.0);
+        }
+    }
+
+    /// Quantizes token `t` of `tokens`, `x [cols]`.
+    #[inline]
+    fn quantize(&mut self, t: usize, tokens: usize, x: &[f32], convert: Convert) {
+        for (group, x) in x.chunks(GROUP).enumerate() {
+            let at = group * tokens + t;
+            (self.corrections[at], self.scales[at]) = convert(x, &mut self.codes[at]);
+        }
+    }
+}
+
+/// Writes the codes of a group and gives their correction and scale.
+type Convert = fn(&[f32], &mut Codes) -> (i32, f32);
 
 /// The conversion of one group, compiled for what this CPU has. All give the same bits.
 fn convert_for_cpu() -> Convert {
@@ -124,8 +185,8 @@ fn convert_for_cpu() -> Convert {
     if crate::Isa::active() >= crate::Isa::Avx2 {
         // The intrinsics-free body is compiled again with 256-bit registers.
         #[target_feature(enable = "avx2")]
-        fn convert_avx2(x: &[f32], out: &mut ActivationGroup) {
-            convert(x, out);
+        fn convert_avx2(x: &[f32], out: &mut Codes) -> (i32, f32) {
+            convert(x, out)
         }
         #[expect(unsafe_code, reason = "calls a function that needs AVX2")]
         return |x, out| {
@@ -141,7 +202,7 @@ fn convert_for_cpu() -> Convert {
 const ROUND: f32 = 12_582_912.0;
 
 #[inline(always)]
-fn convert(x: &[f32], out: &mut ActivationGroup) {
+fn convert(x: &[f32], out: &mut Codes) -> (i32, f32) {
     let mut padded = [0.0f32; GROUP];
     padded[..x.len()].copy_from_slice(x);
     // As integers, magnitudes compare like floats, and NaN and infinity are above all finite ones.
@@ -150,24 +211,15 @@ fn convert(x: &[f32], out: &mut ActivationGroup) {
         .fold(0u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
     let absmax = f32::from_bits(absmax);
     let inverse = 127.0 / absmax;
-    *out = ZERO;
-    if !absmax.is_finite() {
-        out.scale = f32::NAN;
-    } else if inverse.is_finite() {
-        out.scale = absmax / 127.0;
-        for (code, value) in out.codes.iter_mut().zip(&padded) {
-            *code = (value * inverse + ROUND).to_bits() as i8;
-        }
-        for block in out.codes.as_chunks::<BLOCK>().0 {
-            for (correction, lane) in out
-                .correction
-                .iter_mut()
-                .zip(block.as_chunks::<{ BLOCK / BLOCKS }>().0)
-            {
-                *correction -= 128 * lane.iter().map(|&code| i32::from(code)).sum::<i32>();
-            }
-        }
+    if !absmax.is_finite() || !inverse.is_finite() {
+        out.0 = [0; GROUP];
+        return (0, if absmax.is_finite() { 0.0 } else { f32::NAN });
     }
+    for (code, value) in out.0.iter_mut().zip(&padded) {
+        *code = (value * inverse + ROUND).to_bits() as i8;
+    }
+    let sum: i32 = out.0.iter().map(|&code| i32::from(code)).sum();
+    (-128 * sum, absmax / 127.0)
 }
 
 #[cfg(test)]
@@ -219,9 +271,9 @@ mod tests {
             let activations = quantized(&x, tokens, cols);
             for t in 0..tokens {
                 for (group, values) in x[t * cols..][..cols].chunks(GROUP).enumerate() {
-                    let mut alone = ZERO;
-                    convert(values, &mut alone);
-                    prop_assert_eq!(activations.group(t, group), (&alone.codes, alone.scale));
+                    let mut alone = Codes([1; GROUP]);
+                    let (_, scale) = convert(values, &mut alone);
+                    prop_assert_eq!(activations.group(t, group), (&alone.0, scale));
                 }
             }
         }
@@ -248,16 +300,38 @@ mod tests {
     }
 
     #[test]
-    fn corrections_are_the_sums_of_their_lanes() {
-        let x: Vec<f32> = (0..64).map(|i| i as f32).collect();
-        let activations = quantized(&x, 1, 64);
-        let group = activations.block(0).0[0];
-        for (lane, &correction) in group.correction.iter().enumerate() {
-            let columns = (0..64).filter(|column| column / 4 % 4 == lane);
+    fn corrections_are_the_sums_of_their_groups() {
+        let x: Vec<f32> = (0..3 * 150).map(|i| (i as f32 * 0.7).sin()).collect();
+        let activations = quantized(&x, 3, 150);
+        let block = activations.block(0, 0..3);
+        for (codes, &correction) in block.codes.iter().zip(block.corrections) {
             assert_eq!(
                 correction,
-                -128 * columns.map(|column| i32::from(group.codes[column])).sum::<i32>()
+                -128 * codes.0.iter().map(|&code| i32::from(code)).sum::<i32>()
             );
+        }
+    }
+
+    #[test]
+    fn rows_may_be_written_on_the_way() {
+        let x: Vec<f32> = (0..19 * 70).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut filled = Activations::new();
+        filled.quantize_with(19, 70, |token, row| row.copy_from_slice(&x[token * 70..][..70]));
+        let all = quantized(&x, 19, 70);
+        for (token, group) in (0..19).flat_map(|token| [(token, 0), (token, 1)]) {
+            assert_eq!(filled.group(token, group), all.group(token, group));
+        }
+    }
+
+    /// What an earlier, larger use left behind is not seen.
+    #[test]
+    fn a_buffer_is_used_again() {
+        let x: Vec<f32> = (0..20 * 200).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut used = quantized(&x, 20, 200);
+        used.quantize(&x[..9 * 70], 9, 70);
+        let fresh = quantized(&x[..9 * 70], 9, 70);
+        for (token, group) in (0..9).flat_map(|token| [(token, 0), (token, 1)]) {
+            assert_eq!(used.group(token, group), fresh.group(token, group));
         }
     }
 }

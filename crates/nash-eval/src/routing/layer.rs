@@ -8,7 +8,9 @@ use half::f16;
 use nash_games::GameError;
 use nash_games::routing::{PriceRouter, Scores};
 use nash_kernels::dense::matmul_nt;
-use nash_kernels::{Activations, GROUP, PackedMatrix, PackedShape, SCALE_UNIT, Unpacked, Width};
+use nash_kernels::{
+    Activations, GROUP, PackedMatrix, PackedShape, Product, SCALE_UNIT, Unpacked, Width, pool,
+};
 
 use super::RoutingShape;
 use super::source::Normal;
@@ -34,23 +36,6 @@ impl Matrix {
         match storage {
             Storage::Float => Self::Float(values),
             Storage::Packed => Self::Packed(pack(&values, cols)),
-        }
-    }
-
-    /// `y [T, m] = x [T, n] · Wᵀ`; `quantized` is a buffer.
-    fn multiply(
-        &self,
-        x: &[f32],
-        quantized: &mut Activations,
-        y: &mut [f32],
-        [tokens, rows, cols]: [usize; 3],
-    ) {
-        match self {
-            Self::Float(w) => matmul_nt(x, w, y, tokens, rows, cols),
-            Self::Packed(w) => {
-                quantized.quantize(x, tokens, cols);
-                nash_kernels::matmul(w.as_ref(), quantized, y);
-            }
         }
     }
 }
@@ -86,28 +71,164 @@ fn pack(values: &[f32], cols: usize) -> PackedMatrix {
 
 /// `down [d, h] · relu(up [h, d] · x)`.
 #[derive(Debug)]
-pub struct DenseLayer {
+struct Expert {
     up: Matrix,
     down: Matrix,
+}
+
+/// Experts of one shape, and buffers that live from call to call.
+#[derive(Debug)]
+struct Experts {
+    experts: Vec<Expert>,
     width: usize,
     hidden: usize,
+    /// Of each expert.
+    quantized: Vec<Activations>,
+    gathered: Vec<f32>,
+    /// `[A, h]`.
     inner: Vec<f32>,
-    quantized: Activations,
+    /// `[A, d]`.
+    answers: Vec<f32>,
+}
+
+impl Experts {
+    /// Random weights, by a seed for each expert, that keep the size of their inputs.
+    fn random(width: usize, hidden: usize, storage: Storage, seeds: impl Iterator<Item = u64>) -> Self {
+        let expert = |seed| {
+            let mut normal = Normal::new(seed, 0);
+            let up = normal.many(hidden * width, (2.0 / width as f32).sqrt());
+            let down = normal.many(width * hidden, (1.0 / hidden as f32).sqrt());
+            Expert {
+                up: Matrix::new(up, width, storage),
+                down: Matrix::new(down, hidden, storage),
+            }
+        };
+        let experts: Vec<Expert> = seeds.map(expert).collect();
+        Self {
+            quantized: vec![Activations::new(); experts.len()],
+            experts,
+            width,
+            hidden,
+            gathered: Vec::new(),
+            inner: Vec::new(),
+            answers: Vec::new(),
+        }
+    }
+
+    /// What the experts answer, `[A, d]`, to the given rows of `x [T, d]`: so many for the first one, so many for the second.
+    fn answer(&mut self, x: &[f32], rows: &[u32], loads: &[u32]) -> &[f32] {
+        self.inner.resize(rows.len() * self.hidden, 0.0);
+        self.answers.resize(rows.len() * self.width, 0.0);
+        let input = |row: u32| &x[row as usize * self.width..][..self.width];
+        if let Some(Expert {
+            up: Matrix::Float(_), ..
+        }) = self.experts.first()
+        {
+            self.gathered.clear();
+            self.gathered.extend(rows.iter().flat_map(|&row| input(row)));
+            self.answer_in_floats(loads);
+        } else {
+            quantize(&mut self.quantized, loads, self.width, &|at, row| {
+                row.copy_from_slice(input(rows[at]))
+            });
+            multiply(
+                &self.experts,
+                |e| &e.up,
+                (&self.quantized, loads),
+                &mut self.inner,
+                self.hidden,
+            );
+            let inner = |at: usize| &self.inner[at * self.hidden..][..self.hidden];
+            quantize(&mut self.quantized, loads, self.hidden, &|at, row| {
+                row.iter_mut()
+                    .zip(inner(at))
+                    .for_each(|(row, v)| *row = v.max(0.0));
+            });
+            multiply(
+                &self.experts,
+                |e| &e.down,
+                (&self.quantized, loads),
+                &mut self.answers,
+                self.width,
+            );
+        }
+        &self.answers
+    }
+
+    fn answer_in_floats(&mut self, loads: &[u32]) {
+        let (d, h) = (self.width, self.hidden);
+        let (mut x, mut inner, mut answers) =
+            (&self.gathered[..], &mut self.inner[..], &mut self.answers[..]);
+        for (expert, &load) in self.experts.iter().zip(loads) {
+            let tokens = load as usize;
+            let x = x.split_off(..tokens * d).unwrap_or_default();
+            let inner = inner.split_off_mut(..tokens * h).unwrap_or_default();
+            let answers = answers.split_off_mut(..tokens * d).unwrap_or_default();
+            if let Expert {
+                up: Matrix::Float(up),
+                down: Matrix::Float(down),
+            } = expert
+            {
+                matmul_nt(x, up, inner, tokens, h, d);
+                inner.iter_mut().for_each(|v| *v = v.max(0.0));
+                matmul_nt(inner, down, answers, tokens, d, h);
+            }
+        }
+    }
+}
+
+/// Quantizes the rows of each expert, `fill(number of the row, row [cols])`, as one piece of work.
+fn quantize(all: &mut [Activations], loads: &[u32], cols: usize, fill: &(impl Fn(usize, &mut [f32]) + Sync)) {
+    let first: Vec<usize> = starts(loads);
+    pool::for_each_chunk(all, 1, |expert, quantized| {
+        for quantized in quantized {
+            let tokens = loads[expert] as usize;
+            quantized.quantize_with(tokens, cols, |token, row| fill(first[expert] + token, row));
+        }
+    });
+}
+
+/// One product of each expert, `y [A, m]`, as one piece of work.
+fn multiply(
+    experts: &[Expert],
+    which: fn(&Expert) -> &Matrix,
+    (inputs, loads): (&[Activations], &[u32]),
+    mut y: &mut [f32],
+    rows: usize,
+) {
+    let products = experts
+        .iter()
+        .zip(inputs)
+        .zip(loads)
+        .filter_map(|((expert, x), &load)| {
+            let y = y.split_off_mut(..load as usize * rows)?;
+            match which(expert) {
+                Matrix::Packed(w) => Some(Product { w: w.as_ref(), x, y }),
+                Matrix::Float(_) => None,
+            }
+        });
+    nash_kernels::matmul_each(products);
+}
+
+/// Where the rows of each expert begin.
+fn starts(loads: &[u32]) -> Vec<usize> {
+    let next = |sum: &mut usize, load: &u32| Some(std::mem::replace(sum, *sum + *load as usize));
+    loads.iter().scan(0, next).collect()
+}
+
+/// One expert that every token uses.
+#[derive(Debug)]
+pub struct DenseLayer {
+    expert: Experts,
+    rows: Vec<u32>,
 }
 
 impl DenseLayer {
     /// Random weights that keep the size of their inputs.
     pub fn random(width: usize, hidden: usize, storage: Storage, seed: u64) -> Self {
-        let mut normal = Normal::new(seed, 0);
-        let up = normal.many(hidden * width, (2.0 / width as f32).sqrt());
-        let down = normal.many(width * hidden, (1.0 / hidden as f32).sqrt());
         Self {
-            up: Matrix::new(up, width, storage),
-            down: Matrix::new(down, hidden, storage),
-            width,
-            hidden,
-            inner: Vec::new(),
-            quantized: Activations::new(),
+            expert: Experts::random(width, hidden, storage, std::iter::once(seed)),
+            rows: Vec::new(),
         }
     }
 
@@ -116,13 +237,10 @@ impl DenseLayer {
     /// # Panics
     /// If the lengths do not agree.
     pub fn forward(&mut self, x: &[f32], y: &mut [f32]) {
-        let (d, h, tokens) = (self.width, self.hidden, x.len() / self.width);
-        self.inner.resize(tokens * h, 0.0);
-        self.up
-            .multiply(x, &mut self.quantized, &mut self.inner, [tokens, h, d]);
-        self.inner.iter_mut().for_each(|v| *v = v.max(0.0));
-        self.down
-            .multiply(&self.inner, &mut self.quantized, y, [tokens, d, h]);
+        let tokens = (x.len() / self.expert.width) as u32;
+        self.rows.clear();
+        self.rows.extend(0..tokens);
+        y.copy_from_slice(self.expert.answer(x, &self.rows, &[tokens]));
     }
 }
 
@@ -132,7 +250,7 @@ pub struct MixtureLayer {
     router: Vec<f32>,
     /// −price of each expert, `[E]`.
     prices: Vec<f32>,
-    experts: Vec<DenseLayer>,
+    experts: Experts,
     selector: PriceRouter,
     top_k: usize,
     width: usize,
@@ -145,11 +263,14 @@ struct Scratch {
     scores: Vec<f32>,
     choices: Vec<u16>,
     gates: Vec<f32>,
-    /// (token, place among its choices), expert by expert.
-    order: Vec<(u32, u8)>,
-    gathered: Vec<f32>,
-    outputs: Vec<f32>,
+    /// The token of each row, expert by expert.
+    rows: Vec<u32>,
+    /// The row of each choice, `[T, k]`.
+    seats: Vec<usize>,
 }
+
+/// Tokens whose answers one task adds up.
+const TOKENS: usize = 32;
 
 impl MixtureLayer {
     /// Random weights; experts `hidden` wide.
@@ -164,12 +285,11 @@ impl MixtureLayer {
     ) -> Result<Self, GameError> {
         let (width, experts) = (shape.width, shape.experts);
         let mut normal = Normal::new(seed, 1);
+        let seeds = (0..experts as u64).map(|e| seed.wrapping_add(e + 1));
         Ok(Self {
             router: normal.many(experts * width, (1.0 / width as f32).sqrt()),
             prices: vec![0.0; experts],
-            experts: (0..experts as u64)
-                .map(|e| DenseLayer::random(width, hidden, storage, seed.wrapping_add(e + 1)))
-                .collect(),
+            experts: Experts::random(width, hidden, storage, seeds),
             selector: PriceRouter::new(experts, shape.top_k)?,
             top_k: shape.top_k,
             width,
@@ -184,7 +304,7 @@ impl MixtureLayer {
 
     /// The router's scores of `x [T, d]`, `[T, E]`.
     pub fn scores(&self, x: &[f32]) -> Vec<f32> {
-        let (tokens, experts) = (x.len() / self.width, self.experts.len());
+        let (tokens, experts) = (x.len() / self.width, self.prices.len());
         let mut scores = vec![0.0; tokens * experts];
         matmul_nt(x, &self.router, &mut scores, tokens, experts, self.width);
         scores
@@ -198,7 +318,7 @@ impl MixtureLayer {
     /// # Panics
     /// If the lengths do not agree.
     pub fn forward(&mut self, x: &[f32], y: &mut [f32]) -> Result<(), GameError> {
-        let (d, k, experts) = (self.width, self.top_k, self.experts.len());
+        let (d, k, experts) = (self.width, self.top_k, self.prices.len());
         let tokens = x.len() / d;
         let s = &mut self.scratch;
         s.scores.resize(tokens * experts, 0.0);
@@ -208,23 +328,18 @@ impl MixtureLayer {
         self.selector.select(scores, &self.prices, &mut s.choices)?;
         s.gate(experts, k);
         s.sort(self.selector.loads(), k);
-        y.fill(0.0);
-        let mut rest = &s.order[..];
-        for (expert, &load) in self.experts.iter_mut().zip(self.selector.loads()) {
-            let (seats, others) = rest.split_at(load as usize);
-            rest = others;
-            s.gathered.clear();
-            for &(token, _) in seats {
-                s.gathered.extend_from_slice(&x[token as usize * d..][..d]);
+        let answers = self.experts.answer(x, &s.rows, self.selector.loads());
+        pool::for_each_chunk(y, TOKENS * d, |chunk, y| {
+            let seats = s.seats[chunk * TOKENS * k..].chunks(k);
+            let gates = s.gates[chunk * TOKENS * k..].chunks(k);
+            for ((y, seats), gates) in y.chunks_mut(d).zip(seats).zip(gates) {
+                y.fill(0.0);
+                for (&seat, gate) in seats.iter().zip(gates) {
+                    let answer = &answers[seat * d..][..d];
+                    y.iter_mut().zip(answer).for_each(|(y, o)| *y += gate * o);
+                }
             }
-            s.outputs.resize(seats.len() * d, 0.0);
-            expert.forward(&s.gathered, &mut s.outputs);
-            for (&(token, place), output) in seats.iter().zip(s.outputs.chunks(d)) {
-                let gate = s.gates[token as usize * k + usize::from(place)];
-                let y = &mut y[token as usize * d..][..d];
-                y.iter_mut().zip(output).for_each(|(y, o)| *y += gate * o);
-            }
-        }
+        });
         Ok(())
     }
 }
@@ -244,18 +359,17 @@ impl Scratch {
         }
     }
 
-    /// The seats of each expert, expert by expert, tokens ascending.
+    /// Gives each choice its row, expert by expert, tokens ascending.
     fn sort(&mut self, loads: &[u32], k: usize) {
-        let mut next: Vec<usize> = loads
-            .iter()
-            .scan(0, |sum, &load| Some(std::mem::replace(sum, *sum + load as usize)))
-            .collect();
-        self.order.resize(self.choices.len(), (0, 0));
+        let mut next = starts(loads);
+        self.rows.resize(self.choices.len(), 0);
+        self.seats.clear();
         for (token, choices) in (0u32..).zip(self.choices.chunks(k)) {
-            for (place, &e) in (0u8..).zip(choices) {
-                let next = &mut next[usize::from(e)];
-                self.order[*next] = (token, place);
-                *next += 1;
+            for &e in choices {
+                let seat = next[usize::from(e)];
+                next[usize::from(e)] += 1;
+                self.rows[seat] = token;
+                self.seats.push(seat);
             }
         }
     }
@@ -292,7 +406,9 @@ mod tests {
             let total: f32 = order[..2].iter().map(|&e| scores[e].exp()).sum();
             for &e in &order[..2] {
                 let mut out = vec![0.0; d];
-                layer.experts[e].forward(x, &mut out);
+                let mut loads = [0; 5];
+                loads[e] = 1;
+                out.copy_from_slice(layer.experts.answer(x, &[0], &loads));
                 let gate = scores[e].exp() / total;
                 expected
                     .iter_mut()

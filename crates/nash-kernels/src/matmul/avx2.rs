@@ -15,14 +15,14 @@ use std::ops::Range;
 
 use super::common::{begin, by_two_tokens, chain_bytes, code_bytes, for_width, record_bytes};
 use super::x86::{prefetch, prefetch_row_scales, scales};
-use super::{Job, Kernel, Lanes, Panel, TokenBlock};
-use crate::layout::{BLOCK, BLOCKS, WINDOW_BITS};
+use super::{Decoded, Job, Kernel, ROWS, Step};
+use crate::activations::TokenBlock;
+use crate::layout::{BLOCK, BLOCKS, TILE_ROWS, WINDOW_BITS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
     decode,
     multiply,
-    tiles: 1,
 };
 
 /// Registers that hold the four rows of a block.
@@ -56,13 +56,13 @@ unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
 
 /// # Safety
 /// The CPU has AVX2.
-unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
+unsafe fn decode(job: &Job<'_>, strip: Range<usize>, groups: Range<usize>, panel: &mut [Decoded]) {
     // SAFETY: passed on.
     unsafe {
         if repeats(&job.table) {
-            for_width!(decode_of<true>, job, tile, groups, panel)
+            for_width!(decode_of<true>, job, strip, groups, panel)
         } else {
-            for_width!(decode_of<false>, job, tile, groups, panel)
+            for_width!(decode_of<false>, job, strip, groups, panel)
         }
     }
 }
@@ -72,100 +72,117 @@ unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut P
 #[target_feature(enable = "avx2")]
 unsafe fn one_of<const BITS: usize, const REPEATS: bool>(job: &Job<'_>, tiles: Range<usize>) {
     let decoder = Decoder::<BITS, REPEATS>::new(&job.table);
-    let x = job.x.block(0).0;
+    let x = job.x.block(0, 0..job.w.shape().groups());
     prefetch_row_scales(job, &tiles);
     for tile in tiles {
-        let mut lanes = [_mm256_setzero_ps(); HALVES];
-        for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
+        let mut total = _mm_setzero_ps();
+        let groups = x.codes.iter().zip(x.scales);
+        for (record, (codes, token_scale)) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(groups) {
             prefetch(record);
             let mut sums = [_mm256_setzero_si256(); HALVES];
             for_parts!(PART => {
-                let codes = broadcast(&x.codes.as_chunks::<BLOCK>().0[PART / HALVES]);
+                let codes = broadcast(&codes.0.as_chunks::<BLOCK>().0[PART / HALVES]);
                 let products = products(decoder.part::<PART>(record), codes);
                 sums[PART % HALVES] = _mm256_add_epi32(sums[PART % HALVES], products);
             });
-            let scales = _mm_mul_ps(scales::<BITS>(record), _mm_set1_ps(x.scale));
-            for (half, (lanes, sums)) in lanes.iter_mut().zip(sums).enumerate() {
-                let term = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), spread_rows(scales, half));
-                *lanes = _mm256_add_ps(*lanes, term);
-            }
+            total = add_term(total, sums, scales::<BITS>(record), *token_scale);
         }
-        // SAFETY: passed on.
-        unsafe { job.store(tile, 0, job.w.tile_row_scales(tile), &to_array(lanes)) }
+        let mut totals = [0.0; TILE_ROWS];
+        // SAFETY: four floats are written to an array of four floats; the rest is passed on.
+        unsafe {
+            _mm_storeu_ps(totals.as_mut_ptr(), total);
+            job.store(tile * TILE_ROWS, 0, &job.w.tile_row_scales(tile), &totals);
+        }
     }
 }
 
 #[target_feature(enable = "avx2")]
 fn decode_of<const BITS: usize, const REPEATS: bool>(
     job: &Job<'_>,
-    tile: usize,
+    strip: Range<usize>,
     groups: Range<usize>,
-    panel: &mut Panel,
+    panel: &mut [Decoded],
 ) {
     let decoder = Decoder::<BITS, REPEATS>::new(&job.table);
     let bytes = record_bytes(BITS);
-    let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
-    let panel = panel.weights.iter_mut().zip(&mut panel.scales);
-    for (record, (weights, scale)) in records.chunks_exact(bytes).zip(panel) {
-        prefetch(record);
-        let weights = weights.as_chunks_mut::<{ 2 * BLOCK }>().0;
-        for_parts!(PART => {
-            // SAFETY: 32 bytes are written to an array of 32 bytes.
-            unsafe { _mm256_storeu_si256(weights[PART].as_mut_ptr().cast(), decoder.part::<PART>(record)) }
-        });
-        // SAFETY: 16 bytes are written to an array of four floats.
-        unsafe { _mm_storeu_ps(scale.as_mut_ptr(), scales::<BITS>(record)) }
+    for (i, tile) in strip.enumerate() {
+        let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
+        for (record, decoded) in records.chunks_exact(bytes).zip(panel.iter_mut()) {
+            prefetch(record);
+            let weights = decoded.weights[i].as_chunks_mut::<{ 2 * BLOCK }>().0;
+            for_parts!(PART => {
+                // SAFETY: 32 bytes are written to an array of 32 bytes.
+                unsafe { _mm256_storeu_si256(weights[PART].as_mut_ptr().cast(), decoder.part::<PART>(record)) }
+            });
+            // SAFETY: 16 bytes are written to an array of four floats.
+            unsafe { _mm_storeu_ps(decoded.scales[i].as_mut_ptr(), scales::<BITS>(record)) }
+        }
     }
 }
 
 /// # Safety
-/// The CPU has AVX2.
-unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
+/// The CPU has AVX2; strip and token of the step are in range, and no other thread stores these rows.
+unsafe fn multiply(panel: &[Decoded], x: &TokenBlock<'_>, totals: &mut [[f32; ROWS]], step: &Step<'_>) {
     // SAFETY: passed on.
-    unsafe { by_two_tokens((multiply_of, multiply_of), panels, x, lanes) }
+    unsafe { by_two_tokens((multiply_of, multiply_of), panel, x, totals, step) }
 }
 
-/// Adds the products of a panel with `TOKENS` tokens of the block, from `from` on, to their lanes.
+/// Adds the products of a tile with `TOKENS` tokens of the block, from `from` on, to their totals.
 #[target_feature(enable = "avx2")]
 fn multiply_of<const TOKENS: usize>(
-    panel: &Panel,
+    panel: &[Decoded],
+    (tile, from): (usize, usize),
     x: &TokenBlock<'_>,
-    from: usize,
-    lanes: &mut [[f32; 16]; TOKENS],
+    totals: &mut [[f32; ROWS]; TOKENS],
 ) {
-    let mut totals = [[_mm256_setzero_ps(); HALVES]; TOKENS];
-    for (totals, lanes) in totals.iter_mut().zip(&*lanes) {
-        // SAFETY: an array of 16 floats is read, half by half.
-        *totals = std::array::from_fn(|half| unsafe { _mm256_loadu_ps(lanes[8 * half..].as_ptr()) });
-    }
-    let groups = x.groups.chunks_exact(x.tokens);
-    for (x, (weights, scales)) in groups.zip(panel.weights.iter().zip(&panel.scales)) {
-        let Some(x) = x[from..].first_chunk::<TOKENS>() else {
+    let rows = TILE_ROWS * tile..TILE_ROWS * (tile + 1);
+    let mut sums_so_far: [__m128; TOKENS] =
+        // SAFETY: four floats inside of an array of 16 are read.
+        std::array::from_fn(|t| unsafe { _mm_loadu_ps(totals[t][rows.clone()].as_ptr()) });
+    let groups = x
+        .codes
+        .chunks_exact(x.tokens)
+        .zip(x.scales.chunks_exact(x.tokens));
+    for ((codes, token_scales), Decoded { weights, scales }) in groups.zip(panel) {
+        let codes = codes[from..].first_chunk::<TOKENS>();
+        let (Some(codes), Some(token_scales)) = (codes, token_scales[from..].first_chunk::<TOKENS>()) else {
             return;
         };
         let mut sums = [[_mm256_setzero_si256(); HALVES]; TOKENS];
-        for (part, weights) in weights.as_chunks::<{ 2 * BLOCK }>().0.iter().enumerate() {
+        for (part, weights) in weights[tile].as_chunks::<{ 2 * BLOCK }>().0.iter().enumerate() {
             let (q, half) = (part / HALVES, part % HALVES);
             // SAFETY: an array of 32 bytes is read.
             let weights = unsafe { _mm256_loadu_si256(weights.as_ptr().cast()) };
-            for (sums, x) in sums.iter_mut().zip(x) {
-                let codes = broadcast(&x.codes.as_chunks::<BLOCK>().0[q]);
+            for (sums, codes) in sums.iter_mut().zip(codes) {
+                let codes = broadcast(&codes.0.as_chunks::<BLOCK>().0[q]);
                 sums[half] = _mm256_add_epi32(sums[half], products(weights, codes));
             }
         }
         // SAFETY: an array of four floats is read.
-        let scales = unsafe { _mm_loadu_ps(scales.as_ptr()) };
-        for ((totals, sums), x) in totals.iter_mut().zip(&sums).zip(x) {
-            let scales = _mm_mul_ps(scales, _mm_set1_ps(x.scale));
-            for half in 0..HALVES {
-                let term = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[half]), spread_rows(scales, half));
-                totals[half] = _mm256_add_ps(totals[half], term);
-            }
+        let scales = unsafe { _mm_loadu_ps(scales[tile].as_ptr()) };
+        for ((total, sums), token_scale) in sums_so_far.iter_mut().zip(sums).zip(token_scales) {
+            *total = add_term(*total, sums, scales, *token_scale);
         }
     }
-    for (totals, lanes) in totals.iter().zip(lanes) {
-        *lanes = to_array(*totals);
+    for (totals, sums) in totals.iter_mut().zip(sums_so_far) {
+        // SAFETY: four floats are written inside of an array of 16.
+        unsafe { _mm_storeu_ps(totals[rows.clone()].as_mut_ptr(), sums) }
     }
+}
+
+/// Adds to the totals of four rows the sums `[row][lane]` of a group, scaled by the product of row's and activations' scales.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_term(total: __m128, sums: [__m256i; HALVES], scales: __m128, token_scale: f32) -> __m128 {
+    // Rows 0 and 2 in the low half, two sums each; 1 and 3 in the high half.
+    let pairs = _mm256_hadd_epi32(sums[0], sums[1]);
+    let sums = _mm_hadd_epi32(
+        _mm256_castsi256_si128(pairs),
+        _mm256_extracti128_si256::<1>(pairs),
+    );
+    let sums = _mm_cvtepi32_ps(_mm_shuffle_epi32::<0b11_01_10_00>(sums));
+    let scales = _mm_mul_ps(scales, _mm_set1_ps(token_scale));
+    _mm_add_ps(total, _mm_mul_ps(sums, scales))
 }
 
 /// Turns codes into values; see the module. `REPEATS`: the codebook [repeats].
@@ -301,24 +318,4 @@ fn broadcast_words(words: &[u16; BLOCK / 2]) -> __m256i {
 fn products(weights: __m256i, codes: __m256i) -> __m256i {
     let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(codes, weights));
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
-}
-
-/// One value per row to `[row][lane]` of two rows.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn spread_rows(rows: __m128, half: usize) -> __m256 {
-    let first = _mm256_set1_epi32(2 * half as i32);
-    let indices = _mm256_add_epi32(first, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-    _mm256_permutevar8x32_ps(_mm256_castps128_ps256(rows), indices)
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn to_array(lanes: [__m256; HALVES]) -> [f32; 16] {
-    let mut array = [0.0; 16];
-    for (lanes, array) in lanes.iter().zip(array.as_chunks_mut::<8>().0) {
-        // SAFETY: eight floats are written to an array of eight floats.
-        unsafe { _mm256_storeu_ps(array.as_mut_ptr(), *lanes) }
-    }
-    array
 }

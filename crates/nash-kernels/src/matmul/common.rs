@@ -1,6 +1,7 @@
 //! What the kernels of vector instruction sets share, whatever the architecture.
 
-use super::{Lanes, Panel, TokenBlock};
+use super::{Decoded, ROWS, Step};
+use crate::activations::TokenBlock;
 use crate::layout::{CHAIN, RUN, TILE_ROWS};
 
 /// Calls `$function::<bits>` or `$function::<bits, flag>` for the width of the job.
@@ -39,31 +40,36 @@ pub(super) const fn begin(bits: usize, parity: usize, word: usize) -> usize {
     bits * (2 * word % RUN + parity)
 }
 
-/// Adds the products of a panel with `TOKENS` tokens of the block, from the given one on, to their lanes.
+/// Adds the products of tile `tile` of some groups with `TOKENS` tokens of the block, from `from` on, to their totals.
 pub(super) type MultiplyOf<const TOKENS: usize> =
-    unsafe fn(&Panel, &TokenBlock<'_>, usize, &mut [[f32; 16]; TOKENS]);
+    unsafe fn(&[Decoded], (usize, usize), &TokenBlock<'_>, &mut [[f32; ROWS]; TOKENS]);
 
-/// A kernel's `multiply`, by two tokens of one panel at a time.
+/// A kernel's `multiply`, by two tokens of one tile at a time.
 ///
 /// # Safety
-/// The CPU has what `two` and `last` need.
+/// The CPU has what `two` and `last` need; strip and token of the step are in range, and no other thread stores these rows.
 #[inline]
 pub(super) unsafe fn by_two_tokens(
     (two, last): (MultiplyOf<2>, MultiplyOf<1>),
-    panels: &[Panel],
+    panel: &[Decoded],
     x: &TokenBlock<'_>,
-    lanes: &mut [Lanes],
+    totals: &mut [[f32; ROWS]],
+    step: &Step<'_>,
 ) {
-    for (panel, lanes) in panels.iter().zip(lanes) {
-        let lanes = &mut lanes.0[x.first..][..x.tokens];
-        let (pairs, rest) = lanes.as_chunks_mut();
-        for (pair, lanes) in pairs.iter_mut().enumerate() {
+    if step.begin {
+        totals.fill([0.0; ROWS]);
+    }
+    for tile in 0..step.strip.len() {
+        let (pairs, rest) = totals.as_chunks_mut();
+        for (pair, totals) in pairs.iter_mut().enumerate() {
             // SAFETY: passed on.
-            unsafe { two(panel, x, 2 * pair, lanes) }
+            unsafe { two(panel, (tile, 2 * pair), x, totals) }
         }
-        if let [lanes] = rest {
+        if let [totals] = rest {
             // SAFETY: passed on.
-            unsafe { last(panel, x, x.tokens - 1, std::array::from_mut(lanes)) }
+            unsafe { last(panel, (tile, x.tokens - 1), x, std::array::from_mut(totals)) }
         }
     }
+    // SAFETY: passed on.
+    unsafe { step.finish(totals) }
 }

@@ -2,27 +2,26 @@
 //!
 //! # What is computed, to the bit
 //!
-//! For row `r`, token `t` and group `g`, lane `l` of four takes the columns `16q + 4l + i` of the group
-//! (`q`, `i` in 0..4) and adds up `S[g][l] = Σ value · a` exactly in 32 bits
-//! (`|S| ≤ 16·128·127 < 2²⁴`, so the conversion to f32 is exact too). Then, in f32 and in this order,
+//! For row `r`, token `t` and group `g`, `S[g] = Σ value · a` over the columns of the group is exact in 32 bits
+//! (`|S| ≤ 64·128·127 < 2²⁴`, so the conversion to f32 is exact too). Then, in f32 and in this order,
 //!
 //! ```text
-//! lane[l] = 0;  for g ascending:  lane[l] += f32(S[g][l]) · (f32(scale_code[r, g]) · scale[t, g])
-//! y[t, r] = row_scale[r] · ((lane[0] + lane[1]) + (lane[2] + lane[3]))
+//! total = 0;  for g ascending:  total += f32(S[g]) · (f32(scale_code[r, g]) · scale[t, g])
+//! y[t, r] = row_scale[r] · total
 //! ```
 //!
 //! with every operation rounded (no fused multiply-add). All kernels do exactly this, so results are the
 //! same for every instruction set, thread count and number of tokens at a time. Only *which* NaN comes out
 //! of NaN inputs is left open.
 //!
-//! Against real arithmetic on the same quantized inputs the error is at most `(groups + 5) · 2⁻²⁴` times
+//! Against real arithmetic on the same quantized inputs the error is at most `(groups + 3) · 2⁻²⁴` times
 //! the sum of the magnitudes of all terms, to first order: each term is rounded twice before and at most
-//! `groups` times in its lane's sum, then twice over lanes and once by the row scale.
+//! `groups` times in the sum, then once by the row scale.
 //!
 //! # How
 //!
 //! One token ([`Kernel::one`]): weights are read once, straight into registers, the rows of a tile side by
-//! side. More tokens ([`Kernel::many`]): a panel of groups is decoded into a buffer in the first-level
+//! side. More tokens ([`many`]): some groups of a strip of four tiles are decoded into a panel in the first-level
 //! cache and used for up to [`TOKEN_CHUNK`] tokens, [`TOKEN_BLOCK`] at a time in registers. Threads share
 //! the work by tiles; every output is computed by one thread.
 #![expect(
@@ -44,20 +43,23 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::Isa;
-use crate::activations::{ActivationGroup, Activations, TOKEN_BLOCK};
+use crate::activations::{Activations, TOKEN_BLOCK, TokenBlock};
 use crate::layout::{PackedRef, PackedShape, TILE_ROWS, TILE_WEIGHTS, WINDOW_BITS};
 use crate::pool::{self, Pool};
 
-/// Tokens that one decoded panel is used for. 64 tokens of 8192 columns are 768 KiB: second-level cache.
-const TOKEN_CHUNK: usize = 64;
-/// Groups decoded at a time; the panels of two tiles are 8 KiB of the first-level cache.
+/// Tokens that one decoded panel is used for: their totals are 16 KiB, and to decode costs a fiftieth of their products.
+const TOKEN_CHUNK: usize = 256;
+/// Groups decoded at a time: 17 KiB with their scales, half of a first-level cache.
 const PANEL: usize = 16;
-/// Tiles whose panels are used together, at most.
-const TILES: usize = 2;
+/// Tiles of a strip: rows that are decoded together.
+const TILES: usize = 4;
+/// Rows of a strip.
+const ROWS: usize = TILES * TILE_ROWS;
 /// Bytes of stream that one task works on for one token: enough to make the start of a task cheap,
 /// little enough to share out a small matrix.
 const TASK_BYTES: usize = 24 << 10;
@@ -201,54 +203,87 @@ impl<'a> Job<'a> {
         &self.w.stream()[tile * bytes..][..bytes]
     }
 
-    /// Finishes the rows of a tile for one token: adds up the lanes (`[row][lane]`), applies the row scales
-    /// and writes the rows that exist.
+    /// Multiplies the totals of rows `first ..` for one token by the row scales and writes those that exist.
     ///
     /// # Safety
-    /// `tile` and `token` are in range, and no other thread stores the same tile.
-    unsafe fn store(&self, tile: usize, token: usize, row_scales: [f32; TILE_ROWS], lanes: &[f32; 16]) {
+    /// `first` and `token` are in range, and no other thread stores the same rows.
+    #[inline(always)]
+    unsafe fn store<const N: usize>(
+        &self,
+        first: usize,
+        token: usize,
+        row_scales: &[f32; N],
+        totals: &[f32; N],
+    ) {
         let rows = self.w.shape().rows;
-        debug_assert!(tile < self.w.shape().tiles() && token < self.x.tokens());
-        let first = tile * TILE_ROWS;
-        for (r, (row_scale, lane)) in row_scales.iter().zip(lanes.as_chunks::<4>().0).enumerate() {
-            if first + r < rows {
-                let sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
-                // SAFETY: `token < tokens` and `first + r < rows`, so this is inside the `tokens · rows`
-                // outputs, which `_y` borrows exclusively; tiles of other threads have other rows.
-                unsafe { self.y.add(token * rows + first + r).write(row_scale * sum) }
+        debug_assert!(first < rows && token < self.x.tokens());
+        let products: [f32; N] = std::array::from_fn(|r| row_scales[r] * totals[r]);
+        // SAFETY: `token < tokens` and `first + r < rows` for every row `r` that is written, so this is inside the `tokens · rows`
+        // outputs, which `_y` borrows exclusively; other threads have other rows.
+        unsafe {
+            let y = self.y.add(token * rows + first);
+            if first + N <= rows {
+                y.cast::<[f32; N]>().write(products);
+            } else {
+                write_some(y, &products[..rows - first]);
             }
         }
     }
 }
 
-/// Some groups of one tile, decoded.
-#[repr(C, align(64))]
-struct Panel {
-    /// Values, `[block][row][16]`, as `i8` or as `value + 128`: the kernel's choice.
-    weights: [[u8; TILE_WEIGHTS]; PANEL],
-    /// Scale code of each row.
-    scales: [[f32; TILE_ROWS]; PANEL],
+/// Out of line: merged with the copy of all rows it would turn that into a call, too, a tenth of the time of a small matrix.
+///
+/// # Safety
+/// The values fit at `y`, which nobody else uses.
+#[cold]
+#[inline(never)]
+unsafe fn write_some(y: *mut f32, values: &[f32]) {
+    // SAFETY: the caller vouches for it.
+    unsafe { y.copy_from_nonoverlapping(values.as_ptr(), values.len()) }
 }
 
-impl Panel {
-    const ZERO: Panel = Panel {
-        weights: [[0; TILE_WEIGHTS]; PANEL],
-        scales: [[0.0; TILE_ROWS]; PANEL],
+/// One group of a strip, decoded.
+#[repr(C, align(64))]
+struct Decoded {
+    /// Values of the tiles, in the order and form of the kernel's choice.
+    weights: [[u8; TILE_WEIGHTS]; TILES],
+    /// Scale codes of their rows.
+    scales: [[f32; TILE_ROWS]; TILES],
+}
+
+/// What a thread needs for many tokens.
+struct Scratch {
+    panel: [Decoded; PANEL],
+    /// The sums of a strip so far, for each token of a chunk.
+    totals: [[f32; ROWS]; TOKEN_CHUNK],
+}
+
+thread_local! {
+    /// Kept from task to task: to clear it would take as long as a small task.
+    static SCRATCH: RefCell<Scratch> = const {
+        RefCell::new(Scratch {
+            panel: [const {
+                Decoded {
+                    weights: [[0; TILE_WEIGHTS]; TILES],
+                    scales: [[0.0; TILE_ROWS]; TILES],
+                }
+            }; PANEL],
+            totals: [[0.0; ROWS]; TOKEN_CHUNK],
+        })
     };
 }
 
-/// Sums of one tile for the tokens of a chunk: `[row][lane]` for each token.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Lanes([[f32; 16]; TOKEN_CHUNK]);
-
-/// Some groups of a block of up to eight tokens.
-struct TokenBlock<'a> {
-    /// `[groups][tokens]`.
-    groups: &'a [ActivationGroup],
-    tokens: usize,
-    /// Where in the chunk the block begins: token `t` of the block adds to `lanes[tile].0[first + t]`.
-    first: usize,
+/// Which rows a strip is of, and what stands before and after some of its groups.
+struct Step<'a> {
+    job: &'a Job<'a>,
+    /// The tiles of the strip: one to four.
+    strip: Range<usize>,
+    /// The first token of the block.
+    token: usize,
+    /// The totals begin at zero; what they hold is of no meaning.
+    begin: bool,
+    /// After the last groups: the totals are to be multiplied by these row scales and stored, and need not be kept.
+    end: Option<&'a [f32; ROWS]>,
 }
 
 /// The kernels of one instruction set.
@@ -259,12 +294,10 @@ struct TokenBlock<'a> {
 struct Kernel {
     /// Computes and stores the rows of some tiles for the only token. No other thread stores these tiles.
     one: unsafe fn(&Job<'_>, Range<usize>),
-    /// Decodes the given groups (at most [`PANEL`]) of a tile.
-    decode: unsafe fn(&Job<'_>, usize, Range<usize>, &mut Panel),
-    /// Adds the products of each panel (1 to `tiles`) with a block of tokens to the tile's lanes.
-    multiply: unsafe fn(&[Panel], &TokenBlock<'_>, &mut [Lanes]),
-    /// Panels that `multiply` takes at most.
-    tiles: usize,
+    /// Decodes the given groups of a strip: one to four tiles.
+    decode: unsafe fn(&Job<'_>, Range<usize>, Range<usize>, &mut [Decoded]),
+    /// Adds the products of some groups of a strip with a block of tokens to the totals of each token.
+    multiply: unsafe fn(&[Decoded], &TokenBlock<'_>, &mut [[f32; ROWS]], &Step<'_>),
 }
 
 impl Kernel {
@@ -287,19 +320,21 @@ impl Kernel {
 /// # Safety
 /// The CPU has the kernel's instruction set, `tiles` are in range, and no other thread stores them.
 unsafe fn many(kernel: &Kernel, job: &Job<'_>, tiles: Range<usize>) {
-    let mut panels = [const { Panel::ZERO }; TILES];
-    let mut lanes = [Lanes([[0.0; 16]; TOKEN_CHUNK]); TILES];
-    for first_token in (0..job.x.tokens()).step_by(TOKEN_CHUNK) {
-        let tokens = first_token..job.x.tokens().min(first_token + TOKEN_CHUNK);
-        for first in tiles.clone().step_by(kernel.tiles) {
-            let tiles = first..tiles.end.min(first + kernel.tiles);
-            // SAFETY: passed on.
-            unsafe { many_of(kernel, job, (tiles, tokens.clone()), (&mut panels, &mut lanes)) }
+    // Strips that fit the panel side by side: what they store then lies together.
+    let strips = (PANEL / job.w.shape().groups().max(1)).max(1);
+    SCRATCH.with_borrow_mut(|scratch| {
+        for first_token in (0..job.x.tokens()).step_by(TOKEN_CHUNK) {
+            let tokens = first_token..job.x.tokens().min(first_token + TOKEN_CHUNK);
+            for first in tiles.clone().step_by(strips * TILES) {
+                let tiles = first..tiles.end.min(first + strips * TILES);
+                // SAFETY: passed on.
+                unsafe { many_of(kernel, job, (tiles, tokens.clone()), scratch) }
+            }
         }
-    }
+    });
 }
 
-/// [`many`] for at most `kernel.tiles` tiles and [`TOKEN_CHUNK`] tokens.
+/// [`many`] for one strip, or as many as fit the panel, and at most [`TOKEN_CHUNK`] tokens.
 ///
 /// # Safety
 /// As [`many`].
@@ -307,35 +342,59 @@ unsafe fn many_of(
     kernel: &Kernel,
     job: &Job<'_>,
     (tiles, tokens): (Range<usize>, Range<usize>),
-    (panels, lanes): (&mut [Panel; TILES], &mut [Lanes; TILES]),
+    Scratch { panel, totals }: &mut Scratch,
 ) {
     let groups = job.w.shape().groups();
-    let panels = &mut panels[..tiles.len()];
-    for lanes in lanes.iter_mut() {
-        lanes.0[..tokens.len()].fill([0.0; 16]);
+    let strips = || {
+        tiles
+            .clone()
+            .step_by(TILES)
+            .map(|first| first..tiles.end.min(first + TILES))
+    };
+    let in_panel = groups.clamp(1, PANEL);
+    let mut row_scales = [[0.0; TILE_ROWS]; PANEL * TILES];
+    for (scales, tile) in row_scales.iter_mut().zip(tiles.clone()) {
+        *scales = job.w.tile_row_scales(tile);
     }
-    for first in (0..groups).step_by(PANEL) {
+    for first in (0..groups.max(1)).step_by(PANEL) {
         let range = first..groups.min(first + PANEL);
-        for (panel, tile) in panels.iter_mut().zip(tiles.clone()) {
+        for (strip, panel) in strips().zip(panel.chunks_mut(in_panel)) {
             // SAFETY: the caller vouches for the instruction set.
-            unsafe { (kernel.decode)(job, tile, range.clone(), panel) }
+            unsafe { (kernel.decode)(job, strip, range.clone(), panel) }
         }
-        for token in tokens.clone().step_by(TOKEN_BLOCK) {
-            let (all, in_block) = job.x.block(token);
-            let block = TokenBlock {
-                groups: &all[range.start * in_block..range.end * in_block],
-                tokens: in_block,
-                first: token - tokens.start,
-            };
-            // SAFETY: the caller vouches for the instruction set.
-            unsafe { (kernel.multiply)(panels, &block, lanes) }
+        let blocks = tokens.clone().step_by(TOKEN_BLOCK);
+        for (token, totals) in blocks.zip(totals[..tokens.len()].chunks_mut(TOKEN_BLOCK)) {
+            let block = job.x.block(token, range.clone());
+            let row_scales = row_scales.as_flattened().as_chunks().0;
+            for ((strip, panel), row_scales) in strips().zip(panel.chunks(in_panel)).zip(row_scales) {
+                let step = Step {
+                    job,
+                    strip,
+                    token,
+                    begin: first == 0,
+                    end: Some(row_scales).filter(|_| range.end == groups),
+                };
+                // SAFETY: strip and tokens are in range; the caller vouches for the instruction set, and that the tiles are this
+                // thread's.
+                unsafe { (kernel.multiply)(panel, &block, totals, &step) }
+            }
         }
     }
-    for (tile, lanes) in tiles.zip(lanes) {
-        let row_scales = job.w.tile_row_scales(tile);
-        for (token, lanes) in tokens.clone().zip(&lanes.0) {
-            // SAFETY: both are in range, and the caller vouches that the tile is this thread's.
-            unsafe { job.store(tile, token, row_scales, lanes) }
+}
+
+impl Step<'_> {
+    /// What is to be done after the products, if the kernel has not done it.
+    ///
+    /// # Safety
+    /// Strip and token are in range, and no other thread stores the same rows.
+    unsafe fn finish(&self, totals: &[[f32; ROWS]]) {
+        let Some(row_scales) = self.end else { return };
+        for (token, totals) in (self.token..).zip(totals) {
+            // SAFETY: passed on.
+            unsafe {
+                self.job
+                    .store(self.strip.start * TILE_ROWS, token, row_scales, totals)
+            }
         }
     }
 }

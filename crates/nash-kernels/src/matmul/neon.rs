@@ -3,24 +3,24 @@
 //! A register holds 16 columns of one row, one chain in each half; a record is 16 of them. `tbl` puts the two bytes that hold the window of
 //! an even code into each 16-bit word, from two planes where a block reaches into the next; the same for odd codes, whose windows are
 //! in the same two bytes except at 5 bits. `ushl` shifts every word by its own count, `usra` joins both, and `tbl` with four registers
-//! looks 16 windows up in all 64 entries. `sdot` multiplies signed bytes, so weights are plain values, and the sums of a group end
-//! as `[row][lane]`.
+//! looks 16 windows up in all 64 entries. `sdot` multiplies signed bytes, so weights are plain values; the four sums of each
+//! row are added up at the end of a group.
 //!
-//! Counted, not timed (this never ran on real hardware): the loop of [`one`] has 149, 153, 152 and 67 instructions per record of 256
-//! weights at 2, 3, 4 and 8 bits, as compiled by Rust 1.95. For the same reason there is no prefetch: whether it pays is not known.
+//! Counted, not timed (this never ran on real hardware): the loop of [`one`] has 147 to 159 instructions per record of 256
+//! weights at 2, 3, 4 and 6 bits, 214 at 5 and 60 at 8, as compiled by Rust 1.95. For the same reason there is no prefetch: whether it pays is not known.
 
 use std::arch::aarch64::*;
 use std::ops::Range;
 
 use super::common::{begin, by_two_tokens, chain_bytes, code_bytes, for_width, record_bytes};
-use super::{Job, Kernel, Lanes, Panel, TokenBlock};
+use super::{Decoded, Job, Kernel, ROWS, Step};
+use crate::activations::TokenBlock;
 use crate::layout::{BLOCK, BLOCKS, RUN, TILE_ROWS, WINDOW_BITS};
 
 pub(super) const KERNEL: Kernel = Kernel {
     one,
     decode,
     multiply,
-    tiles: 1,
 };
 
 /// Repeats `$body` for the four rows of a tile or the four blocks of a group, with their number as the constant `$index`.
@@ -45,16 +45,16 @@ unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
 
 /// # Safety
 /// The CPU has the features of [`decode_of`].
-unsafe fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
+unsafe fn decode(job: &Job<'_>, strip: Range<usize>, groups: Range<usize>, panel: &mut [Decoded]) {
     // SAFETY: passed on.
-    unsafe { for_width!(decode_of, job, tile, groups, panel) }
+    unsafe { for_width!(decode_of, job, strip, groups, panel) }
 }
 
 /// # Safety
-/// The CPU has the features of [`multiply_of`].
-unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
+/// The CPU has the features of [`multiply_of`]; strip and token of the step are in range, and no other thread stores these rows.
+unsafe fn multiply(panel: &[Decoded], x: &TokenBlock<'_>, totals: &mut [[f32; ROWS]], step: &Step<'_>) {
     // SAFETY: passed on.
-    unsafe { by_two_tokens((multiply_of, multiply_of), panels, x, lanes) }
+    unsafe { by_two_tokens((multiply_of, multiply_of), panel, x, totals, step) }
 }
 
 /// # Safety
@@ -62,80 +62,97 @@ unsafe fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn one_of<const BITS: usize>(job: &Job<'_>, tiles: Range<usize>) {
     let decoder = Decoder::<BITS>::new(&job.table);
-    let x = job.x.block(0).0;
+    let x = job.x.block(0, 0..job.w.shape().groups());
     for tile in tiles {
-        let mut totals = [vdupq_n_f32(0.0); TILE_ROWS];
-        for (record, x) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(x) {
+        let mut total = vdupq_n_f32(0.0);
+        let groups = x.codes.iter().zip(x.scales);
+        for (record, (codes, token_scale)) in job.records(tile).chunks_exact(record_bytes(BITS)).zip(groups) {
             let mut sums = [vdupq_n_s32(0); TILE_ROWS];
             for_four!(R => {
                 for_four!(Q => {
-                    let codes = load(&x.codes.as_chunks().0[Q]);
+                    let codes = load(&codes.0.as_chunks().0[Q]);
                     sums[R] = dot(sums[R], decoder.row::<Q>(record, R), codes);
                 });
             });
-            add_terms(&mut totals, &sums, scales::<BITS>(record), x.scale);
+            total = add_term(total, sums, scales::<BITS>(record), *token_scale);
         }
-        // SAFETY: passed on.
-        unsafe { job.store(tile, 0, job.w.tile_row_scales(tile), &to_array(totals)) }
+        let mut totals = [0.0; TILE_ROWS];
+        // SAFETY: four floats are written to an array of four floats; the rest is passed on.
+        unsafe {
+            vst1q_f32(totals.as_mut_ptr(), total);
+            job.store(tile * TILE_ROWS, 0, &job.w.tile_row_scales(tile), &totals);
+        }
     }
 }
 
 #[target_feature(enable = "neon,dotprod")]
-fn decode_of<const BITS: usize>(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
+fn decode_of<const BITS: usize>(
+    job: &Job<'_>,
+    strip: Range<usize>,
+    groups: Range<usize>,
+    panel: &mut [Decoded],
+) {
     let decoder = Decoder::<BITS>::new(&job.table);
     let bytes = record_bytes(BITS);
-    let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
-    let panel = panel.weights.iter_mut().zip(&mut panel.scales);
-    for (record, (weights, scale)) in records.chunks_exact(bytes).zip(panel) {
-        let blocks = weights.as_chunks_mut::<BLOCK>().0.as_chunks_mut::<TILE_ROWS>().0;
-        for_four!(R => {
-            for_four!(Q => {
-                // SAFETY: 16 bytes are written to an array of 16 bytes.
-                unsafe { vst1q_s8(blocks[Q][R].as_mut_ptr().cast(), decoder.row::<Q>(record, R)) }
+    for (i, tile) in strip.enumerate() {
+        let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
+        for (record, decoded) in records.chunks_exact(bytes).zip(panel.iter_mut()) {
+            let blocks = decoded.weights[i]
+                .as_chunks_mut::<BLOCK>()
+                .0
+                .as_chunks_mut::<TILE_ROWS>()
+                .0;
+            for_four!(R => {
+                for_four!(Q => {
+                    // SAFETY: 16 bytes are written to an array of 16 bytes.
+                    unsafe { vst1q_s8(blocks[Q][R].as_mut_ptr().cast(), decoder.row::<Q>(record, R)) }
+                });
             });
-        });
-        // SAFETY: 16 bytes are written to an array of four floats.
-        unsafe { vst1q_f32(scale.as_mut_ptr(), scales::<BITS>(record)) }
+            // SAFETY: 16 bytes are written to an array of four floats.
+            unsafe { vst1q_f32(decoded.scales[i].as_mut_ptr(), scales::<BITS>(record)) }
+        }
     }
 }
 
-/// Adds the products of a panel with `TOKENS` tokens of the block, from `from` on, to their lanes.
+/// Adds the products of a tile with `TOKENS` tokens of the block, from `from` on, to their totals.
 #[target_feature(enable = "neon,dotprod")]
 fn multiply_of<const TOKENS: usize>(
-    panel: &Panel,
+    panel: &[Decoded],
+    (tile, from): (usize, usize),
     x: &TokenBlock<'_>,
-    from: usize,
-    lanes: &mut [[f32; 16]; TOKENS],
+    totals: &mut [[f32; ROWS]; TOKENS],
 ) {
-    let mut totals = [[vdupq_n_f32(0.0); TILE_ROWS]; TOKENS];
-    for (totals, lanes) in totals.iter_mut().zip(&*lanes) {
-        for (total, lanes) in totals.iter_mut().zip(lanes.as_chunks::<4>().0) {
-            // SAFETY: an array of four floats is read.
-            *total = unsafe { vld1q_f32(lanes.as_ptr()) };
-        }
-    }
-    let groups = x.groups.chunks_exact(x.tokens);
-    for (x, (weights, scales)) in groups.zip(panel.weights.iter().zip(&panel.scales)) {
-        let Some(x) = x[from..].first_chunk::<TOKENS>() else {
+    let rows = TILE_ROWS * tile..TILE_ROWS * (tile + 1);
+    let mut sums_so_far: [float32x4_t; TOKENS] =
+        // SAFETY: four floats inside of an array of 16 are read.
+        std::array::from_fn(|t| unsafe { vld1q_f32(totals[t][rows.clone()].as_ptr()) });
+    let groups = x
+        .codes
+        .chunks_exact(x.tokens)
+        .zip(x.scales.chunks_exact(x.tokens));
+    for ((codes, token_scales), Decoded { weights, scales }) in groups.zip(panel) {
+        let codes = codes[from..].first_chunk::<TOKENS>();
+        let (Some(codes), Some(token_scales)) = (codes, token_scales[from..].first_chunk::<TOKENS>()) else {
             return;
         };
         let mut sums = [[vdupq_n_s32(0); TILE_ROWS]; TOKENS];
-        for (part, weights) in weights.as_chunks::<BLOCK>().0.iter().enumerate() {
+        for (part, weights) in weights[tile].as_chunks::<BLOCK>().0.iter().enumerate() {
             let (q, r) = (part / TILE_ROWS, part % TILE_ROWS);
             // SAFETY: an array of 16 bytes is read.
             let weights = unsafe { vld1q_s8(weights.as_ptr().cast()) };
-            for (sums, x) in sums.iter_mut().zip(x) {
-                sums[r] = dot(sums[r], weights, load(&x.codes.as_chunks().0[q]));
+            for (sums, codes) in sums.iter_mut().zip(codes) {
+                sums[r] = dot(sums[r], weights, load(&codes.0.as_chunks().0[q]));
             }
         }
         // SAFETY: an array of four floats is read.
-        let scales = unsafe { vld1q_f32(scales.as_ptr()) };
-        for ((totals, sums), x) in totals.iter_mut().zip(&sums).zip(x) {
-            add_terms(totals, sums, scales, x.scale);
+        let scales = unsafe { vld1q_f32(scales[tile].as_ptr()) };
+        for ((total, sums), token_scale) in sums_so_far.iter_mut().zip(sums).zip(token_scales) {
+            *total = add_term(*total, sums, scales, *token_scale);
         }
     }
-    for (totals, lanes) in totals.iter().zip(lanes) {
-        *lanes = to_array(*totals);
+    for (totals, sums) in totals.iter_mut().zip(sums_so_far) {
+        // SAFETY: four floats are written inside of an array of 16.
+        unsafe { vst1q_f32(totals[rows.clone()].as_mut_ptr(), sums) }
     }
 }
 
@@ -267,25 +284,20 @@ fn scales<const BITS: usize>(record: &[u8]) -> float32x4_t {
     vcvtq_f32_s32(vmovl_s16(vget_low_s16(codes)))
 }
 
-/// Adds to the totals `[row][lane]` the sums of a group, each scaled by the product of its row's and the activations' scales.
+/// Adds to the totals of four rows the sums of a group, four of each row, scaled by the product of row's and activations' scales.
 #[inline]
 #[target_feature(enable = "neon")]
-fn add_terms(
-    totals: &mut [float32x4_t; TILE_ROWS],
-    sums: &[int32x4_t; TILE_ROWS],
+fn add_term(
+    total: float32x4_t,
+    [a, b, c, d]: [int32x4_t; TILE_ROWS],
     scales: float32x4_t,
-    scale: f32,
-) {
-    let scales = vmulq_n_f32(scales, scale);
-    let scales = [
-        vdupq_laneq_f32::<0>(scales),
-        vdupq_laneq_f32::<1>(scales),
-        vdupq_laneq_f32::<2>(scales),
-        vdupq_laneq_f32::<3>(scales),
-    ];
-    for ((total, sums), scale) in totals.iter_mut().zip(sums).zip(scales) {
-        *total = vaddq_f32(*total, vmulq_f32(vcvtq_f32_s32(*sums), scale));
-    }
+    token_scale: f32,
+) -> float32x4_t {
+    let sums = vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
+    vaddq_f32(
+        total,
+        vmulq_f32(vcvtq_f32_s32(sums), vmulq_n_f32(scales, token_scale)),
+    )
 }
 
 #[inline]
@@ -310,15 +322,4 @@ fn dot(mut sums: int32x4_t, weights: int8x16_t, codes: int8x16_t) -> int32x4_t {
         );
     }
     sums
-}
-
-#[inline]
-#[target_feature(enable = "neon")]
-fn to_array(lanes: [float32x4_t; TILE_ROWS]) -> [f32; 16] {
-    let mut array = [0.0; 16];
-    for (lanes, array) in lanes.iter().zip(array.as_chunks_mut::<4>().0) {
-        // SAFETY: four floats are written to an array of four floats.
-        unsafe { vst1q_f32(array.as_mut_ptr(), *lanes) }
-    }
-    array
 }

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::{Job, Kernel, Lanes, Panel, TokenBlock, many};
+use super::{Decoded, Job, Kernel, ROWS, Step, many};
+use crate::activations::TokenBlock;
 use crate::codec;
 use crate::layout::{BLOCK, GROUP, TILE_ROWS, TILE_WEIGHTS};
 
@@ -11,7 +12,6 @@ pub(super) const KERNEL: Kernel = Kernel {
     one,
     decode,
     multiply,
-    tiles: 1,
 };
 
 /// # Safety
@@ -21,54 +21,58 @@ unsafe fn one(job: &Job<'_>, tiles: Range<usize>) {
     unsafe { many(&KERNEL, job, tiles) }
 }
 
-/// Decodes to `i8` values. Safe, but of the type of its peers.
-fn decode(job: &Job<'_>, tile: usize, groups: Range<usize>, panel: &mut Panel) {
+/// Decodes to `i8` values, `[tile][block][row][16]`. Safe, but of the type of its peers.
+fn decode(job: &Job<'_>, strip: Range<usize>, groups: Range<usize>, panel: &mut [Decoded]) {
     let (width, bytes) = (job.w.shape().width, job.w.shape().record_bytes());
-    let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
-    let panel = panel.weights.iter_mut().zip(&mut panel.scales);
-    for (record, (weights, scales)) in records.chunks_exact(bytes).zip(panel) {
-        let (codes, scale_codes) = record.split_at(codec::record_code_bytes(width));
-        *weights = codec::values(codes, width, &job.table).map(i8::cast_unsigned);
-        *scales = std::array::from_fn(|r| f32::from(scale_codes[r] as i8));
-    }
-}
-
-/// Safe, but of the type of its peers.
-fn multiply(panels: &[Panel], x: &TokenBlock<'_>, lanes: &mut [Lanes]) {
-    for (panel, lanes) in panels.iter().zip(lanes) {
-        let lanes = &mut lanes.0[x.first..][..x.tokens];
-        let weights = panel.weights.iter().zip(&panel.scales);
-        for ((weights, scales), x) in weights.zip(x.groups.chunks_exact(x.tokens)) {
-            for (x, lanes) in x.iter().zip(lanes.iter_mut()) {
-                for (k, (lane, sum)) in lanes.iter_mut().zip(sums(weights, &x.codes)).enumerate() {
-                    *lane += sum as f32 * (scales[k / 4] * x.scale);
-                }
-            }
+    for (i, tile) in strip.enumerate() {
+        let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
+        for (record, decoded) in records.chunks_exact(bytes).zip(panel.iter_mut()) {
+            let (codes, scale_codes) = record.split_at(codec::record_code_bytes(width));
+            decoded.weights[i] = codec::values(codes, width, &job.table).map(i8::cast_unsigned);
+            decoded.scales[i] = std::array::from_fn(|r| f32::from(scale_codes[r].cast_signed()));
         }
     }
 }
 
-/// The exact sums `S [row][lane]` of one group.
-fn sums(weights: &[u8; TILE_WEIGHTS], codes: &[i8; GROUP]) -> [i32; 16] {
-    let mut sums = [0; 16];
+/// # Safety
+/// Strip and token of the step are in range, and no other thread stores these rows.
+unsafe fn multiply(panel: &[Decoded], x: &TokenBlock<'_>, totals: &mut [[f32; ROWS]], step: &Step<'_>) {
+    if step.begin {
+        totals.fill([0.0; ROWS]);
+    }
+    let groups = x
+        .codes
+        .chunks_exact(x.tokens)
+        .zip(x.scales.chunks_exact(x.tokens));
+    for ((codes, token_scales), Decoded { weights, scales }) in groups.zip(panel) {
+        for ((codes, token_scale), totals) in codes.iter().zip(token_scales).zip(totals.iter_mut()) {
+            let tiles = weights[..step.strip.len()].iter().zip(scales);
+            for ((weights, scales), totals) in tiles.zip(totals.as_chunks_mut::<TILE_ROWS>().0) {
+                let rows = totals.iter_mut().zip(scales).zip(sums(weights, &codes.0));
+                for ((total, scale), sum) in rows {
+                    *total += sum as f32 * (scale * token_scale);
+                }
+            }
+        }
+    }
+    // SAFETY: passed on.
+    unsafe { step.finish(totals) }
+}
+
+/// The exact sums of four rows and one group.
+fn sums(weights: &[u8; TILE_WEIGHTS], codes: &[i8; GROUP]) -> [i32; TILE_ROWS] {
+    let mut sums = [0; TILE_ROWS];
     for (weights, codes) in weights
         .as_chunks::<{ TILE_ROWS * BLOCK }>()
         .0
         .iter()
         .zip(codes.as_chunks::<BLOCK>().0)
     {
-        for (sums, weights) in sums
-            .as_chunks_mut::<4>()
-            .0
-            .iter_mut()
-            .zip(weights.as_chunks::<BLOCK>().0)
-        {
+        for (sum, weights) in sums.iter_mut().zip(weights.as_chunks::<BLOCK>().0) {
             // At most 128 · 127: fits 16 bits.
             let products: [i16; BLOCK] =
                 std::array::from_fn(|j| i16::from(weights[j] as i8) * i16::from(codes[j]));
-            for (sum, products) in sums.iter_mut().zip(products.as_chunks::<4>().0) {
-                *sum += products.iter().map(|&product| i32::from(product)).sum::<i32>();
-            }
+            *sum += products.iter().map(|&product| i32::from(product)).sum::<i32>();
         }
     }
     sums

@@ -37,7 +37,7 @@ fn oracle(shape: PackedShape, w: &Unpacked, x: &Activations) -> Vec<(f64, f64)> 
 fn assert_close(shape: PackedShape, w: &Unpacked, x: &Activations, y: &[f32]) {
     for (at, (&y, (exact, magnitude))) in y.iter().zip(oracle(shape, w, x)).enumerate() {
         let bound =
-            1.01 * (shape.groups() + 5) as f64 * 2f64.powi(-24) * magnitude + f64::from(f32::MIN_POSITIVE);
+            1.01 * (shape.groups() + 3) as f64 * 2f64.powi(-24) * magnitude + f64::from(f32::MIN_POSITIVE);
         let error = (f64::from(y) - exact).abs();
         assert!(
             error <= bound,
