@@ -77,12 +77,20 @@ impl Experts {
             ))
             .hint("leave --routing out, or make a mixture with `nashswarm carve`");
         };
+        let resident = self.resident.unwrap_or(moe.experts.div_ceil(2));
+        if usize::from(self.page) > resident {
+            return Err(anyhow::anyhow!(
+                "a page of {} experts (--page) does not fit in fast memory for {resident} of them (--resident)",
+                self.page
+            ))
+            .hint("make pages smaller, or memory larger");
+        }
         let rewards = match rule {
             Rule::TopK => &[0.0],
             Rule::CacheAware => &self.reward[..],
         };
         let rules = |&reward: &f32| ExpertRules {
-            resident: self.resident.unwrap_or(moe.experts.div_ceil(2)),
+            resident,
             page: self.page.into(),
             reward,
             keep: self.keep,

@@ -1,9 +1,10 @@
 //! Packed matrix products against the memory: for every width the bytes of weights per second for one token, as a
-//! share of plain reads in the same run, and the products per second for more tokens.
+//! share of plain reads in the same run, and the products per second for more tokens, beside what the multipliers can do.
 //!
 //! `cargo run --release -p nash-kernels --example gemv_bandwidth -- [rows] [cols] [threads]`
 
 mod memory;
+mod multipliers;
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -70,6 +71,12 @@ fn main() {
     pool::set_threads(argument(2, 0)).expect("the first use of the pool");
     let data: Vec<u64> = (0..32 << 20).collect();
     println!("{} threads, W [{rows}, {cols}]", pool::threads());
+    if let Some(peak) = multipliers::products_per_second() {
+        println!(
+            "multipliers: {:.0} G products/s (vpdpbusd on registers)",
+            peak * 1e-9
+        );
+    }
     for isa in Isa::available() {
         for width in Width::ALL {
             let w = packed(PackedShape { rows, cols, width });
@@ -78,7 +85,7 @@ fn main() {
             let macs = |tokens| (tokens * rows * cols) as f64 * 1e-9 / seconds(isa, &w, tokens);
             let slow = isa == Isa::Portable;
             println!(
-                "{:8} {} bits: {:5.1} GB/s = {:3.0} % of reads ({:.1}); G products/s: T=1 {:5.1}, T=4 {:5.1}, T=64 {:6.1}",
+                "{:8} {} bits: {:5.1} GB/s = {:3.0} % of reads ({:.1}); G products/s: T=1 {:5.1}, T=4 {:5.1}, T=64 {:6.1}, T=512 {:6.1}",
                 isa.name(),
                 width.bits(),
                 one * 1e-9,
@@ -87,6 +94,7 @@ fn main() {
                 macs(1),
                 macs(4),
                 if slow { f64::NAN } else { macs(64) },
+                if slow { f64::NAN } else { macs(512) },
             );
         }
     }

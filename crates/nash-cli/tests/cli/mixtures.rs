@@ -214,6 +214,12 @@ fn what_is_wrong_with_a_mixture_is_told() {
     let (source, out) = (tiny_model(dir.path(), 1), dir.path().join("out"));
     let told = failure(&["run", arg(&source), "-p", "a", "--routing", "top-k"]);
     assert!(told.contains("no experts") && told.contains("carve"), "{told}");
+    let pages = ["--routing", "top-k", "--page", "9", "--resident", "8"];
+    let told = failure(&[&["run", trained(), "-p", "a"][..], &pages].concat());
+    assert!(
+        told.contains("9 experts (--page)") && told.contains("8 of them (--resident)"),
+        "{told}"
+    );
     let told = failure(&["carve", arg(&source), "-o", arg(&out), "--active", "0.01"]);
     assert!(told.contains("0.010 of the neurons"), "{told}");
     std::fs::create_dir(&out).unwrap();
