@@ -8,9 +8,7 @@ use half::f16;
 use nash_games::GameError;
 use nash_games::routing::{PriceRouter, Scores};
 use nash_kernels::dense::matmul_nt;
-use nash_kernels::{
-    Activations, GROUP, PackedMatrix, PackedShape, Product, SCALE_UNIT, Unpacked, Width, pool,
-};
+use nash_kernels::{Activations, GROUP, PackedMatrix, PackedShape, SCALE_UNIT, Unpacked, Width, pool};
 
 use super::RoutingShape;
 use super::source::Normal;
@@ -22,22 +20,6 @@ pub enum Storage {
     Float,
     /// 8 bits and a scale per group.
     Packed,
-}
-
-/// `W [m, n]`.
-#[derive(Debug)]
-enum Matrix {
-    Float(Vec<f32>),
-    Packed(PackedMatrix),
-}
-
-impl Matrix {
-    fn new(values: Vec<f32>, cols: usize, storage: Storage) -> Self {
-        match storage {
-            Storage::Float => Self::Float(values),
-            Storage::Packed => Self::Packed(pack(&values, cols)),
-        }
-    }
 }
 
 /// Rounds `values [m, n]` to nearest, with the largest of every group at ±127.
@@ -71,9 +53,9 @@ fn pack(values: &[f32], cols: usize) -> PackedMatrix {
 
 /// `down [d, h] · relu(up [h, d] · x)`.
 #[derive(Debug)]
-struct Expert {
-    up: Matrix,
-    down: Matrix,
+enum Expert {
+    Float { up: Vec<f32>, down: Vec<f32> },
+    Packed { up: PackedMatrix, down: PackedMatrix },
 }
 
 /// Experts of one shape, and buffers that live from call to call.
@@ -82,13 +64,27 @@ struct Experts {
     experts: Vec<Expert>,
     width: usize,
     hidden: usize,
-    /// Of each expert.
-    quantized: Vec<Activations>,
-    gathered: Vec<f32>,
-    /// `[A, h]`.
-    inner: Vec<f32>,
+    /// Of each part.
+    buffers: Vec<Buffers>,
     /// `[A, d]`.
     answers: Vec<f32>,
+}
+
+/// What a part of an expert's rows needs.
+#[derive(Debug, Default)]
+struct Buffers {
+    x: Vec<f32>,
+    inner: Vec<f32>,
+    quantized: Activations,
+}
+
+/// Rows that a packed expert works on at a time, at most: what is between its products stays in the second-level cache of a core.
+const PART: usize = 96;
+
+/// Rows of each of the fewest parts, in whole blocks of the kernels.
+fn even_part(rows: usize) -> usize {
+    const BLOCK: usize = 8;
+    rows.div_ceil(rows.div_ceil(PART).max(1)).next_multiple_of(BLOCK)
 }
 
 impl Experts {
@@ -98,116 +94,86 @@ impl Experts {
             let mut normal = Normal::new(seed, 0);
             let up = normal.many(hidden * width, (2.0 / width as f32).sqrt());
             let down = normal.many(width * hidden, (1.0 / hidden as f32).sqrt());
-            Expert {
-                up: Matrix::new(up, width, storage),
-                down: Matrix::new(down, hidden, storage),
+            match storage {
+                Storage::Float => Expert::Float { up, down },
+                Storage::Packed => Expert::Packed {
+                    up: pack(&up, width),
+                    down: pack(&down, hidden),
+                },
             }
         };
-        let experts: Vec<Expert> = seeds.map(expert).collect();
         Self {
-            quantized: vec![Activations::new(); experts.len()],
-            experts,
+            experts: seeds.map(expert).collect(),
             width,
             hidden,
-            gathered: Vec::new(),
-            inner: Vec::new(),
+            buffers: Vec::new(),
             answers: Vec::new(),
         }
     }
 
-    /// What the experts answer, `[A, d]`, to the given rows of `x [T, d]`: so many for the first one, so many for the second.
-    fn answer(&mut self, x: &[f32], rows: &[u32], loads: &[u32]) -> &[f32] {
-        self.inner.resize(rows.len() * self.hidden, 0.0);
-        self.answers.resize(rows.len() * self.width, 0.0);
-        let input = |row: u32| &x[row as usize * self.width..][..self.width];
-        if let Some(Expert {
-            up: Matrix::Float(_), ..
-        }) = self.experts.first()
-        {
-            self.gathered.clear();
-            self.gathered.extend(rows.iter().flat_map(|&row| input(row)));
-            self.answer_in_floats(loads);
-        } else {
-            quantize(&mut self.quantized, loads, self.width, &|at, row| {
-                row.copy_from_slice(input(rows[at]))
-            });
-            multiply(
-                &self.experts,
-                |e| &e.up,
-                (&self.quantized, loads),
-                &mut self.inner,
-                self.hidden,
-            );
-            let inner = |at: usize| &self.inner[at * self.hidden..][..self.hidden];
-            quantize(&mut self.quantized, loads, self.hidden, &|at, row| {
-                row.iter_mut()
-                    .zip(inner(at))
-                    .for_each(|(row, v)| *row = v.max(0.0));
-            });
-            multiply(
-                &self.experts,
-                |e| &e.down,
-                (&self.quantized, loads),
-                &mut self.answers,
-                self.width,
-            );
-        }
-        &self.answers
-    }
-
-    fn answer_in_floats(&mut self, loads: &[u32]) {
+    /// What the experts answer, `[A, d]`, to the given rows of `x [T, d]`: so many for the first one, so many for the second. Threads
+    /// take parts of the rows of one expert through both of its products.
+    fn answer(&mut self, x: &[f32], mut rows: &[u32], loads: &[u32]) -> &[f32] {
         let (d, h) = (self.width, self.hidden);
-        let (mut x, mut inner, mut answers) =
-            (&self.gathered[..], &mut self.inner[..], &mut self.answers[..]);
+        self.answers.resize(rows.len() * d, 0.0);
+        let mut answers = &mut self.answers[..];
+        let mut parts = Vec::new();
         for (expert, &load) in self.experts.iter().zip(loads) {
-            let tokens = load as usize;
-            let x = x.split_off(..tokens * d).unwrap_or_default();
-            let inner = inner.split_off_mut(..tokens * h).unwrap_or_default();
-            let answers = answers.split_off_mut(..tokens * d).unwrap_or_default();
-            if let Expert {
-                up: Matrix::Float(up),
-                down: Matrix::Float(down),
-            } = expert
-            {
-                matmul_nt(x, up, inner, tokens, h, d);
-                inner.iter_mut().for_each(|v| *v = v.max(0.0));
-                matmul_nt(inner, down, answers, tokens, d, h);
+            let longest = match expert {
+                Expert::Float { .. } => load as usize,
+                Expert::Packed { .. } => even_part(load as usize),
+            };
+            let mut of_expert = rows.split_off(..load as usize).unwrap_or_default();
+            while !of_expert.is_empty() {
+                let part = of_expert
+                    .split_off(..longest.min(of_expert.len()))
+                    .unwrap_or_default();
+                let answers = answers.split_off_mut(..part.len() * d).unwrap_or_default();
+                parts.push((expert, part, answers, self.buffers.pop().unwrap_or_default()));
             }
         }
-    }
-}
-
-/// Quantizes the rows of each expert, `fill(number of the row, row [cols])`, as one piece of work.
-fn quantize(all: &mut [Activations], loads: &[u32], cols: usize, fill: &(impl Fn(usize, &mut [f32]) + Sync)) {
-    let first: Vec<usize> = starts(loads);
-    pool::for_each_chunk(all, 1, |expert, quantized| {
-        for quantized in quantized {
-            let tokens = loads[expert] as usize;
-            quantized.quantize_with(tokens, cols, |token, row| fill(first[expert] + token, row));
-        }
-    });
-}
-
-/// One product of each expert, `y [A, m]`, as one piece of work.
-fn multiply(
-    experts: &[Expert],
-    which: fn(&Expert) -> &Matrix,
-    (inputs, loads): (&[Activations], &[u32]),
-    mut y: &mut [f32],
-    rows: usize,
-) {
-    let products = experts
-        .iter()
-        .zip(inputs)
-        .zip(loads)
-        .filter_map(|((expert, x), &load)| {
-            let y = y.split_off_mut(..load as usize * rows)?;
-            match which(expert) {
-                Matrix::Packed(w) => Some(Product { w: w.as_ref(), x, y }),
-                Matrix::Float(_) => None,
+        pool::for_each_chunk(&mut parts, 1, |_, parts| {
+            for (expert, rows, answers, buffers) in parts {
+                let input = |at: usize| &x[rows[at] as usize * d..][..d];
+                expert.answer(rows.len(), input, buffers, answers, [d, h]);
             }
         });
-    nash_kernels::matmul_each(products);
+        self.buffers
+            .extend(parts.into_iter().map(|(.., buffers)| buffers));
+        &self.answers
+    }
+}
+
+impl Expert {
+    /// Writes the answers `[A, d]` to rows of inputs.
+    fn answer<'x>(
+        &self,
+        rows: usize,
+        input: impl Fn(usize) -> &'x [f32] + Sync,
+        Buffers { x, inner, quantized }: &mut Buffers,
+        answers: &mut [f32],
+        [d, h]: [usize; 2],
+    ) {
+        inner.resize(rows * h, 0.0);
+        match self {
+            Self::Float { up, down } => {
+                x.clear();
+                x.extend((0..rows).flat_map(&input));
+                matmul_nt(x, up, inner, rows, h, d);
+                inner.iter_mut().for_each(|v| *v = v.max(0.0));
+                matmul_nt(inner, down, answers, rows, d, h);
+            }
+            Self::Packed { up, down } => {
+                quantized.quantize_with(rows, d, |at, row| row.copy_from_slice(input(at)));
+                nash_kernels::matmul(up.as_ref(), quantized, inner);
+                quantized.quantize_with(rows, h, |at, row| {
+                    let inner = &inner[at * h..][..h];
+                    row.iter_mut().zip(inner).for_each(|(row, v)| *row = v.max(0.0));
+                });
+                nash_kernels::matmul(down.as_ref(), quantized, answers);
+            }
+        }
+    }
 }
 
 /// Where the rows of each expert begin.
