@@ -81,10 +81,16 @@ struct Buffers {
 /// Rows that a packed expert works on at a time, at most: what is between its products stays in the second-level cache of a core.
 const PART: usize = 96;
 
-/// Rows of each of the fewest parts, in whole blocks of the kernels.
-fn even_part(rows: usize) -> usize {
+/// Rows of each part of `rows`, in whole blocks of the kernels: as many parts as keep all threads busy if the experts are too few to.
+fn even_part(rows: usize, experts: usize) -> usize {
     const BLOCK: usize = 8;
-    rows.div_ceil(rows.div_ceil(PART).max(1)).next_multiple_of(BLOCK)
+    let parts = rows.div_ceil(PART).max(1);
+    let parts = if experts < pool::threads() {
+        parts.next_multiple_of(pool::threads())
+    } else {
+        parts
+    };
+    rows.div_ceil(parts).next_multiple_of(BLOCK)
 }
 
 impl Experts {
@@ -121,7 +127,7 @@ impl Experts {
         for (expert, &load) in self.experts.iter().zip(loads) {
             let longest = match expert {
                 Expert::Float { .. } => load as usize,
-                Expert::Packed { .. } => even_part(load as usize),
+                Expert::Packed { .. } => even_part(load as usize, loads.len()),
             };
             let mut of_expert = rows.split_off(..load as usize).unwrap_or_default();
             while !of_expert.is_empty() {
