@@ -118,6 +118,7 @@ impl Progress for Watch {
 
 #[test]
 fn what_is_written_diverges_less_than_untuned_and_packs_the_same() {
+    let mut log_ratios = Vec::new();
     for name in ["llama", "llama_tied_bias", "qwen3", "gemma2", "gpt2", "opt_after"] {
         let dir = tempfile::tempdir().unwrap();
         let [plain, tuned] = ["plain", "tuned"].map(|folder| dir.path().join(folder));
@@ -142,7 +143,10 @@ fn what_is_written_diverges_less_than_untuned_and_packs_the_same() {
                 "{name}: {found}, reported {reported}"
             );
         }
-        assert!(tuning.kl_after < 0.97 * tuning.kl_before, "{name}: {tuning:?}");
+        // More than the tolerance above could feign. How much it is differs from one rounding of so small a model to the next, and the last bits
+        // of a product decide which rounding it is: what tuning is worth is asked of all models together.
+        assert!(tuning.kl_after < 0.995 * tuning.kl_before, "{name}: {tuning:?}");
+        log_ratios.push((tuning.kl_after / tuning.kl_before).ln());
 
         let [plain, tuned] = [plain, tuned].map(|folder| PackedFolder::open(folder).unwrap());
         for (linear, tensor) in tuned.packed_tensors() {
@@ -157,6 +161,8 @@ fn what_is_written_diverges_less_than_untuned_and_packs_the_same() {
         let found = verify(&tuned, Some(&golden(name)), all, &()).unwrap();
         assert_eq!(found.equilibrium.unwrap().unsettled, 0, "{name}");
     }
+    let ratio = (log_ratios.iter().sum::<f64>() / log_ratios.len() as f64).exp();
+    assert!(ratio < 0.92, "geometric mean {ratio}");
 }
 
 #[test]
