@@ -84,9 +84,6 @@ impl Activations {
         write: impl Fn(&mut Block, Range<usize>, Convert) + Sync,
     ) {
         (self.tokens, self.cols) = (tokens, cols);
-        if tokens == 0 || cols == 0 {
-            return;
-        }
         let blocks = tokens.div_ceil(TOKEN_BLOCK);
         if self.blocks.len() < blocks {
             self.blocks.resize_with(blocks, Block::default);
@@ -156,6 +153,16 @@ pub(crate) struct TokenBlock<'a> {
     pub(crate) tokens: usize,
 }
 
+impl<'a> TokenBlock<'a> {
+    /// Codes and scales of the tokens, group by group.
+    #[inline(always)]
+    pub(crate) fn groups(&self) -> impl Iterator<Item = (&'a [Codes], &'a [f32])> {
+        self.codes
+            .chunks_exact(self.tokens)
+            .zip(self.scales.chunks_exact(self.tokens))
+    }
+}
+
 impl Block {
     /// Has room for so many groups of tokens. Never shrinks: what is cut off would be cleared when it is needed again.
     fn grow(&mut self, len: usize) {
@@ -200,8 +207,7 @@ fn convert_for_cpu() -> Convert {
         fn convert_avx512(x: &[f32], out: &mut Codes) -> (i32, f32) {
             let values: [__m512; 4] = std::array::from_fn(|i| {
                 let x = x.get(16 * i..).unwrap_or_default();
-                let mask = u16::MAX >> 16usize.saturating_sub(x.len()).min(15);
-                let mask = if x.is_empty() { 0 } else { mask };
+                let mask = ((1u32 << x.len().min(16)) - 1) as u16;
                 // SAFETY: no more floats than the slice has are read.
                 unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
             });

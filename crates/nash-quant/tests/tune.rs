@@ -145,7 +145,7 @@ fn what_is_written_diverges_less_than_untuned_and_packs_the_same() {
         }
         // More than the tolerance above could feign. How much it is differs from one rounding of so small a model to the next, and the last bits
         // of a product decide which rounding it is: what tuning is worth is asked of all models together.
-        assert!(tuning.kl_after < 0.995 * tuning.kl_before, "{name}: {tuning:?}");
+        assert!(tuning.kl_after < 0.98 * tuning.kl_before, "{name}: {tuning:?}");
         log_ratios.push((tuning.kl_after / tuning.kl_before).ln());
 
         let [plain, tuned] = [plain, tuned].map(|folder| PackedFolder::open(folder).unwrap());

@@ -225,7 +225,6 @@ pub struct MixtureLayer {
     experts: Experts,
     selector: PriceRouter,
     top_k: usize,
-    width: usize,
     scratch: Scratch,
 }
 
@@ -264,7 +263,6 @@ impl MixtureLayer {
             experts: Experts::random(width, hidden, storage, seeds),
             selector: PriceRouter::new(experts, shape.top_k)?,
             top_k: shape.top_k,
-            width,
             scratch: Scratch::default(),
         })
     }
@@ -276,9 +274,9 @@ impl MixtureLayer {
 
     /// The router's scores of `x [T, d]`, `[T, E]`.
     pub fn scores(&self, x: &[f32]) -> Vec<f32> {
-        let (tokens, experts) = (x.len() / self.width, self.prices.len());
+        let (tokens, experts) = (x.len() / self.experts.width, self.prices.len());
         let mut scores = vec![0.0; tokens * experts];
-        matmul_nt(x, &self.router, &mut scores, tokens, experts, self.width);
+        matmul_nt(x, &self.router, &mut scores, tokens, experts, self.experts.width);
         scores
     }
 
@@ -290,7 +288,7 @@ impl MixtureLayer {
     /// # Panics
     /// If the lengths do not agree.
     pub fn forward(&mut self, x: &[f32], y: &mut [f32]) -> Result<(), GameError> {
-        let (d, k, experts) = (self.width, self.top_k, self.prices.len());
+        let (d, k, experts) = (self.experts.width, self.top_k, self.prices.len());
         let tokens = x.len() / d;
         let s = &mut self.scratch;
         s.scores.resize(tokens * experts, 0.0);

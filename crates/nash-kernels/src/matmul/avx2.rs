@@ -13,7 +13,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::common::{begin, by_two_tokens, chain_bytes, code_bytes, for_width, record_bytes};
+use super::common::{Pair, begin, by_two_tokens, chain_bytes, code_bytes, for_width, pairs, record_bytes};
 use super::x86::{prefetch, prefetch_row_scales, scales};
 use super::{Decoded, Job, Kernel, ROWS, Step};
 use crate::activations::TokenBlock;
@@ -139,17 +139,15 @@ fn multiply_of<const TOKENS: usize>(
     let mut sums_so_far: [__m128; TOKENS] =
         // SAFETY: four floats inside of an array of 16 are read.
         std::array::from_fn(|t| unsafe { _mm_loadu_ps(totals[t][rows.clone()].as_ptr()) });
-    let groups = x
-        .codes
-        .chunks_exact(x.tokens)
-        .zip(x.scales.chunks_exact(x.tokens));
-    for ((codes, token_scales), Decoded { weights, scales }) in groups.zip(panel) {
-        let codes = codes[from..].first_chunk::<TOKENS>();
-        let (Some(codes), Some(token_scales)) = (codes, token_scales[from..].first_chunk::<TOKENS>()) else {
-            return;
-        };
+    for Pair {
+        codes,
+        token_scales,
+        weights,
+        scales,
+    } in pairs::<TOKENS>(panel, (tile, from), x)
+    {
         let mut sums = [[_mm256_setzero_si256(); HALVES]; TOKENS];
-        for (part, weights) in weights[tile].as_chunks::<{ 2 * BLOCK }>().0.iter().enumerate() {
+        for (part, weights) in weights.as_chunks::<{ 2 * BLOCK }>().0.iter().enumerate() {
             let (q, half) = (part / HALVES, part % HALVES);
             // SAFETY: an array of 32 bytes is read.
             let weights = unsafe { _mm256_loadu_si256(weights.as_ptr().cast()) };
@@ -159,7 +157,7 @@ fn multiply_of<const TOKENS: usize>(
             }
         }
         // SAFETY: an array of four floats is read.
-        let scales = unsafe { _mm_loadu_ps(scales[tile].as_ptr()) };
+        let scales = unsafe { _mm_loadu_ps(scales.as_ptr()) };
         for ((total, sums), token_scale) in sums_so_far.iter_mut().zip(sums).zip(token_scales) {
             *total = add_term(*total, sums, scales, *token_scale);
         }

@@ -1,8 +1,8 @@
 //! What the kernels of vector instruction sets share, whatever the architecture.
 
 use super::{Decoded, ROWS, Step};
-use crate::activations::TokenBlock;
-use crate::layout::{CHAIN, RUN, TILE_ROWS};
+use crate::activations::{Codes, TokenBlock};
+use crate::layout::{CHAIN, RUN, TILE_ROWS, TILE_WEIGHTS};
 
 /// Calls `$function::<bits>` or `$function::<bits, flag>` for the width of the job.
 macro_rules! for_width {
@@ -43,6 +43,33 @@ pub(super) const fn begin(bits: usize, parity: usize, word: usize) -> usize {
 /// Adds the products of tile `tile` of some groups with `TOKENS` tokens of the block, from `from` on, to their totals.
 pub(super) type MultiplyOf<const TOKENS: usize> =
     unsafe fn(&[Decoded], (usize, usize), &TokenBlock<'_>, &mut [[f32; ROWS]; TOKENS]);
+
+/// What stands against each other in a group: codes and scales of tokens, weights and scales of four rows.
+pub(super) struct Pair<'a, const TOKENS: usize> {
+    pub(super) codes: &'a [Codes; TOKENS],
+    pub(super) token_scales: &'a [f32; TOKENS],
+    pub(super) weights: &'a [u8; TILE_WEIGHTS],
+    pub(super) scales: &'a [f32; TILE_ROWS],
+}
+
+/// Tile `tile` and `TOKENS` tokens of the block, from `from` on, group by group.
+#[inline(always)]
+pub(super) fn pairs<'a, const TOKENS: usize>(
+    panel: &'a [Decoded],
+    (tile, from): (usize, usize),
+    x: &TokenBlock<'a>,
+) -> impl Iterator<Item = Pair<'a, TOKENS>> {
+    x.groups()
+        .zip(panel)
+        .filter_map(move |((codes, scales), decoded)| {
+            Some(Pair {
+                codes: codes[from..].first_chunk()?,
+                token_scales: scales[from..].first_chunk()?,
+                weights: &decoded.weights[tile],
+                scales: &decoded.scales[tile],
+            })
+        })
+}
 
 /// A kernel's `multiply`, by two tokens of one tile at a time.
 ///

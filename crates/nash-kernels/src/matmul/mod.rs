@@ -149,8 +149,8 @@ struct Job<'a> {
     tiles_per_task: usize,
 }
 
-// SAFETY: `w` and `x` are shared references to plain data; `y` is written only by `store`, whose contract
-// makes the writes of different threads disjoint.
+// SAFETY: `w` and `x` are shared references to plain data; `y` is written only by `store`, and by kernels under
+// its contract, which makes the writes of different threads disjoint.
 unsafe impl Sync for Job<'_> {}
 
 impl<'a> Job<'a> {

@@ -12,7 +12,7 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::common::{begin, by_two_tokens, chain_bytes, code_bytes, for_width, record_bytes};
+use super::common::{Pair, begin, by_two_tokens, chain_bytes, code_bytes, for_width, pairs, record_bytes};
 use super::{Decoded, Job, Kernel, ROWS, Step};
 use crate::activations::TokenBlock;
 use crate::layout::{BLOCK, BLOCKS, RUN, TILE_ROWS, WINDOW_BITS};
@@ -126,17 +126,15 @@ fn multiply_of<const TOKENS: usize>(
     let mut sums_so_far: [float32x4_t; TOKENS] =
         // SAFETY: four floats inside of an array of 16 are read.
         std::array::from_fn(|t| unsafe { vld1q_f32(totals[t][rows.clone()].as_ptr()) });
-    let groups = x
-        .codes
-        .chunks_exact(x.tokens)
-        .zip(x.scales.chunks_exact(x.tokens));
-    for ((codes, token_scales), Decoded { weights, scales }) in groups.zip(panel) {
-        let codes = codes[from..].first_chunk::<TOKENS>();
-        let (Some(codes), Some(token_scales)) = (codes, token_scales[from..].first_chunk::<TOKENS>()) else {
-            return;
-        };
+    for Pair {
+        codes,
+        token_scales,
+        weights,
+        scales,
+    } in pairs::<TOKENS>(panel, (tile, from), x)
+    {
         let mut sums = [[vdupq_n_s32(0); TILE_ROWS]; TOKENS];
-        for (part, weights) in weights[tile].as_chunks::<BLOCK>().0.iter().enumerate() {
+        for (part, weights) in weights.as_chunks::<BLOCK>().0.iter().enumerate() {
             let (q, r) = (part / TILE_ROWS, part % TILE_ROWS);
             // SAFETY: an array of 16 bytes is read.
             let weights = unsafe { vld1q_s8(weights.as_ptr().cast()) };
@@ -145,7 +143,7 @@ fn multiply_of<const TOKENS: usize>(
             }
         }
         // SAFETY: an array of four floats is read.
-        let scales = unsafe { vld1q_f32(scales[tile].as_ptr()) };
+        let scales = unsafe { vld1q_f32(scales.as_ptr()) };
         for ((total, sums), token_scale) in sums_so_far.iter_mut().zip(sums).zip(token_scales) {
             *total = add_term(*total, sums, scales, *token_scale);
         }

@@ -40,11 +40,7 @@ unsafe fn multiply(panel: &[Decoded], x: &TokenBlock<'_>, totals: &mut [[f32; RO
     if step.begin {
         totals.fill([0.0; ROWS]);
     }
-    let groups = x
-        .codes
-        .chunks_exact(x.tokens)
-        .zip(x.scales.chunks_exact(x.tokens));
-    for ((codes, token_scales), Decoded { weights, scales }) in groups.zip(panel) {
+    for ((codes, token_scales), Decoded { weights, scales }) in x.groups().zip(panel) {
         for ((codes, token_scale), totals) in codes.iter().zip(token_scales).zip(totals.iter_mut()) {
             let tiles = weights[..step.strip.len()].iter().zip(scales);
             for ((weights, scales), totals) in tiles.zip(totals.as_chunks_mut::<TILE_ROWS>().0) {

@@ -133,7 +133,7 @@ fn every_width_row_tail_and_token_count() {
 fn every_width_and_column_tail() {
     for width in Width::ALL {
         for cols in [
-            1, 15, 16, 17, 31, 33, 47, 63, 64, 65, 127, 128, 129, 1024, 1025, 2100,
+            0, 1, 15, 16, 17, 31, 33, 47, 63, 64, 65, 127, 128, 129, 1024, 1025, 2100,
         ] {
             for tokens in [1, 3] {
                 check(
