@@ -51,10 +51,7 @@ pub fn clear_market(players: &[Player], budget: u64) -> Result<MarketOutcome, Ga
     let leaders = leaders(players, budget);
     let mut best: Option<(f64, f64, Vec<usize>)> = None;
     for committed in combinations(players, &leaders) {
-        let mut market = players.to_vec();
-        for (&leader, &choice) in leaders.iter().zip(&committed) {
-            market[leader].choices = vec![players[leader].choices[choice]];
-        }
+        let market = with_committed(players, &leaders, &committed);
         let Some((price, mut chosen)) = clear_at_a_price(&market, budget) else {
             continue;
         };
@@ -127,6 +124,15 @@ fn combinations(players: &[Player], leaders: &[usize]) -> Vec<Vec<usize>> {
         };
         found.iter().flat_map(extended).collect()
     })
+}
+
+/// The players once the leaders have no other format than the one they committed to.
+fn with_committed(players: &[Player], leaders: &[usize], committed: &[usize]) -> Vec<Player> {
+    let mut market = players.to_vec();
+    for (&leader, &choice) in leaders.iter().zip(committed) {
+        market[leader].choices = vec![players[leader].choices[choice]];
+    }
+    market
 }
 
 /// The price at which the best responses fit the budget, and the responses with the remainder spent; `None` if the smallest do not fit.
@@ -273,6 +279,46 @@ pub(crate) mod tests {
         }
     }
 
+    /// Weak duality (Everett 1963): whatever the leaders commit to, no profile that fits can be better than the outcome by more than what
+    /// the budget is worth at the price that answers this commitment. Without leaders that is the price of the outcome; with leaders
+    /// it need not be: the best profile may go with another commitment, whose market has another price.
+    fn duality_holds(players: &[Player], budget: u64, outcome: &MarketOutcome) -> Result<(), TestCaseError> {
+        for committed in combinations(players, &outcome.leaders) {
+            let market = with_committed(players, &outcome.leaders, &committed);
+            if let Some((price, _)) = clear_at_a_price(&market, budget) {
+                let bound = exhaustive(&market, budget) + price * budget as f64;
+                prop_assert!(
+                    outcome.loss <= bound + 1e-9,
+                    "{committed:?} at {price}: {outcome:?}"
+                );
+                prop_assert!(!outcome.leaders.is_empty() || price == outcome.price);
+            }
+        }
+        Ok(())
+    }
+
+    /// A case that a random run found: the best profile goes with a commitment whose market cannot place three bytes at its price, and the
+    /// outcome's own price is zero. Leaders find the best of what prices reach, not of all profiles.
+    #[test]
+    fn the_best_profile_may_be_out_of_reach_of_prices() {
+        let of = |choices: [(u64, f64); 2]| Player {
+            choices: choices.to_vec(),
+        };
+        let players = [
+            of([(36, 4.1), (22, 6.0)]),
+            of([(12, 1.0), (11, 2.0)]),
+            of([(10, 2.3), (7, 4.1)]),
+            of([(33, 6.9), (20, 7.4)]),
+        ];
+        let outcome = clear_market(&players, 77).unwrap();
+        assert_eq!(
+            (outcome.chosen.as_slice(), outcome.price),
+            (&[1, 0, 0, 0][..], 0.0)
+        );
+        assert!(exhaustive(&players, 77) < outcome.loss - 0.1);
+        duality_holds(&players, 77, &outcome).unwrap();
+    }
+
     proptest! {
         #[test]
         fn fits_the_budget_and_leaves_no_regret(players in players(), extra in 0u64..60) {
@@ -282,9 +328,7 @@ pub(crate) mod tests {
             prop_assert!(outcome.bytes + outcome.unspent_bytes == budget);
             prop_assert!(outcome.max_regret <= 1e-9, "{outcome:?}");
             prop_assert!(outcome.loss + 1e-9 >= exhaustive(&players, budget));
-            // Weak duality (Everett 1963): no profile within the bytes bought at the price can be better by more than what the
-            // remainder is worth at that price.
-            prop_assert!(outcome.loss <= exhaustive(&players, budget) + outcome.price * budget as f64 + 1e-9);
+            duality_holds(&players, budget, &outcome)?;
             if outcome.leaders.len() == players.len() {
                 prop_assert!(outcome.loss <= exhaustive(&players, budget) + 1e-9, "{outcome:?}");
             }
