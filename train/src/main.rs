@@ -99,7 +99,8 @@ struct Setting {
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     rate: f64,
-    /// Weight α of the auxiliary loss, or step u of the loss-free bias [default: 0.01, the best tried]
+    /// Weight α of the auxiliary loss, step u of the loss-free bias [default: 0.01, the best tried], or reward of experts in fast memory, in standard
+    /// deviations of a token's scores [default: 1]
     #[arg(long)]
     strength: Option<f64>,
 }
@@ -222,6 +223,7 @@ fn table(outcomes: &[Outcome]) -> Table {
         "in training",
         "price steps",
         "choosing, µs",
+        "misses",
         "s",
     ]);
     let kind = |o: &Outcome| (o.rule, o.plan.strength);
@@ -252,6 +254,11 @@ fn table(outcomes: &[Outcome]) -> Table {
             value(2, |o| o.training.batch_violation),
             value(2, |o| o.training.price_steps),
             value(0, |o| o.training.microseconds),
+            if of.iter().all(|o| o.validation.miss_rate.is_some()) {
+                value(3, |o| o.validation.miss_rate.unwrap_or_default())
+            } else {
+                String::new()
+            },
             value(0, |o| o.seconds),
         ]);
     }

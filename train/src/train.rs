@@ -29,7 +29,7 @@ pub(crate) struct Plan {
     pub(crate) steps: usize,
     /// The highest learning rate.
     pub(crate) rate: f64,
-    /// α of the auxiliary loss, u of the loss-free bias.
+    /// α of the auxiliary loss, u of the loss-free bias, r of residents.
     pub(crate) strength: Option<f64>,
     pub(crate) seed: u64,
 }
@@ -42,7 +42,7 @@ pub(crate) struct Outcome {
     pub(crate) plan: Plan,
     /// Mean loss of the last tenth of the steps, nats per token.
     pub(crate) train_loss: f64,
-    /// Loss of the held-back text, experts chosen with the bias alone.
+    /// Loss of the held-back text, experts chosen with the bias alone (and the reward of residents).
     pub(crate) validation_loss: f64,
     pub(crate) seconds: f64,
     /// Routing while training.
