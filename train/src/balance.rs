@@ -172,7 +172,7 @@ impl Router {
             engine: PriceRouter::new(experts, shape.top_k.min(experts))?,
             statistics: ScoreStatistics::default(),
             prices: vec![0.0; experts],
-            memory: (rule == Rule::NashResident).then(|| Memory::new(experts, strength)),
+            memory: None,
             batches: 0,
             violation: 0.0,
             steps: 0,
@@ -190,9 +190,15 @@ impl Router {
         self.training = training;
         (self.batches, self.violation, self.steps, self.time) = (0, 0.0, 0, Duration::ZERO);
         self.layers.iter_mut().for_each(|layer| layer.loads.fill(0));
-        if let Some(memory) = &mut self.memory {
-            *memory = Memory::new(self.experts, self.strength);
+        if self.memory.is_some() {
+            self.remember();
         }
+    }
+
+    /// From now on residents are rewarded, if the rule does that; fast memories are empty.
+    pub(crate) fn remember(&mut self) {
+        let knows = self.rule == Rule::NashResident;
+        self.memory = knows.then(|| Memory::new(self.experts, self.strength));
     }
 
     /// What was counted.
@@ -420,6 +426,7 @@ mod tests {
         let scores = skewed(256);
         let route = |rule, reward| {
             let mut router = Router::new(rule, &shape, reward).unwrap();
+            router.remember();
             let choices: Vec<u16> = (0..50)
                 .flat_map(|_| router.choose(0, &scores, Vec::new))
                 .collect();

@@ -18,6 +18,8 @@ use crate::text::{Corpus, Windows, consecutive};
 const LAST: f64 = 0.1;
 /// Share of the steps in which the rate rises.
 const WARM_UP: f64 = 0.05;
+/// Share of the steps after which residents are rewarded.
+const REMEMBER: f64 = 0.75;
 /// Batches of the held-back text, at most.
 const VALIDATION: usize = 40;
 
@@ -74,7 +76,11 @@ pub(crate) fn train(
     progress.set_length(plan.steps as u64);
     let (start, late) = (Instant::now(), plan.steps - plan.steps.div_ceil(10));
     let (mut sum, mut count) = (0.0, 0usize);
+    let remember = (plan.steps as f64 * REMEMBER) as usize;
     for step in 0..plan.steps {
+        if step == remember {
+            router.remember();
+        }
         let (tokens, targets) = windows.next();
         let (loss, penalty) = model.loss(&constants, &tokens, &targets, &mut router);
         let value = loss.clone().inner().into_scalar::<f32>();
