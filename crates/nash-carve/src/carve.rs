@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use nash_games::market::{Player, clear_market};
-use nash_models::{KvCache, Model, ModelConfig, MoeConfig, Scoring, SharedExpert, Site, Tap};
+use nash_models::{
+    KvCache, Model, ModelConfig, MoeConfig, Scoring, SharedExpert, Site, Tap, kl_divergence, log_softmax,
+};
 use rayon::prelude::*;
 
 use crate::CarveError;
@@ -134,7 +136,9 @@ fn profile(
     let step = options.windows.len().div_ceil(8).max(1);
     let windows: Vec<Vec<u32>> = options.windows.iter().step_by(step).cloned().collect();
     let mut walk = Walk::new(model, &windows)?;
-    let reference = walk.logits(0, &walk.states)?;
+    let vocab = model.config().vocab_size;
+    let mut reference = walk.logits(0, &walk.states)?;
+    reference.par_chunks_mut(vocab).for_each(log_softmax);
     let (mut players, mut losses) = (Vec::new(), Vec::new());
     for layer in 0..model.config().num_layers() {
         let carved = walk.carve(division, &quick)?;
@@ -145,8 +149,8 @@ fn profile(
             x.iter_mut().zip(own).for_each(|(x, l)| *x -= l);
             lost = rest;
         }
-        let logits = walk.logits(layer + 1, &states)?;
-        let kl = divergence(&reference, &logits, model.config().vocab_size);
+        let mut logits = walk.logits(layer + 1, &states)?;
+        let kl = divergence(&reference, &mut logits, vocab);
         losses.push(kl);
         // Rounding errors must not make an expert worthless.
         let kl = kl.max(1e-9);
@@ -172,21 +176,13 @@ fn profile(
     ))
 }
 
-/// Mean `KL(p ‖ q)` of logits `[T, V]`.
-fn divergence(p: &[f32], q: &[f32], vocab: usize) -> f64 {
-    let norm = |row: &[f32]| {
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        f64::from(max) + row.iter().map(|&v| f64::from(v - max).exp()).sum::<f64>().ln()
-    };
-    let rows = p.par_chunks(vocab).zip(q.par_chunks(vocab));
+/// Mean divergence of logits `q [T, V]` from log-probabilities `ln_p`, which may be of more tokens.
+fn divergence(ln_p: &[f32], q: &mut [f32], vocab: usize) -> f64 {
+    let rows = ln_p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
     let each: Vec<f64> = rows
-        .map(|(p, q)| {
-            let (np, nq) = (norm(p), norm(q));
-            let term = |(&p, &q): (&f32, &f32)| {
-                let ln_p = f64::from(p) - np;
-                ln_p.exp() * (ln_p - (f64::from(q) - nq))
-            };
-            p.iter().zip(q).map(term).sum()
+        .map(|(ln_p, q)| {
+            log_softmax(q);
+            kl_divergence(ln_p, q)
         })
         .collect();
     each.iter().sum::<f64>() / each.len().max(1) as f64

@@ -76,25 +76,7 @@ pub fn run(tasks: usize, task: impl Fn(usize) + Sync) {
 /// # Panics
 /// If `chunk` is 0; with the panic of a task.
 pub fn for_each_chunk<T: Send>(data: &mut [T], chunk: usize, task: impl Fn(usize, &mut [T]) + Sync) {
-    assert!(chunk > 0, "chunks of no elements");
-    if data.len() <= chunk {
-        if !data.is_empty() {
-            task(0, data);
-        }
-        return;
-    }
-    let (start, len) = (Start(data.as_mut_ptr()), data.len());
-    run(len.div_ceil(chunk), |index| {
-        let first = index * chunk;
-        #[expect(
-            unsafe_code,
-            reason = "chunks handed out to threads without a lock or a list of them"
-        )]
-        // SAFETY: `data` is borrowed exclusively until `run` returns; `run` calls each index below `⌈len / chunk⌉` once, and
-        // the chunks `first..first + chunk` of different indices do not overlap and end with the data.
-        let chunk = unsafe { std::slice::from_raw_parts_mut(start.at(first), chunk.min(len - first)) };
-        task(index, chunk);
-    });
+    global().for_each_chunk(data, chunk, task);
 }
 
 /// Where data begins whose chunks go to several threads.
@@ -195,6 +177,34 @@ impl Pool {
 
     pub(crate) fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// See [`for_each_chunk`].
+    pub(crate) fn for_each_chunk<T: Send>(
+        &self,
+        data: &mut [T],
+        chunk: usize,
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        assert!(chunk > 0, "chunks of no elements");
+        if data.len() <= chunk {
+            if !data.is_empty() {
+                task(0, data);
+            }
+            return;
+        }
+        let (start, len) = (Start(data.as_mut_ptr()), data.len());
+        self.run(len.div_ceil(chunk), &|index| {
+            let first = index * chunk;
+            #[expect(
+                unsafe_code,
+                reason = "chunks handed out to threads without a lock or a list of them"
+            )]
+            // SAFETY: `data` is borrowed exclusively until `run` returns; `run` calls each index below `⌈len / chunk⌉` once, and
+            // the chunks `first..first + chunk` of different indices do not overlap and end with the data.
+            let chunk = unsafe { std::slice::from_raw_parts_mut(start.at(first), chunk.min(len - first)) };
+            task(index, chunk);
+        });
     }
 
     pub(crate) fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -31,6 +31,7 @@ mod generate;
 mod layer;
 mod linear;
 mod loader;
+mod log_probs;
 mod manifest;
 mod math;
 mod model;
@@ -57,6 +58,7 @@ pub use config::{
 pub use error::{ModelError, Result};
 pub use generate::{FinishReason, GenerateOptions, Generator, PREFILL_CHUNK, Progress};
 pub use linear::{DenseLinear, FloatLinear, Input, Linear, PackedLinear, decode_rows};
+pub use log_probs::{kl_divergence, log_softmax};
 pub use manifest::{LinearInfo, Site, matrix_name};
 pub use model::Model;
 pub use routing::{RoutingCall, RoutingPolicy};

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use nash_models::{Linear, Model};
+use nash_models::{Linear, Model, kl_divergence, log_softmax};
 use rayon::prelude::*;
 
 use crate::QuantError;
@@ -141,7 +141,7 @@ impl Probe {
                 .map(|(i, row)| {
                     let base = (first + i) % self.tokens.len();
                     log_softmax(row);
-                    divergence(&self.log_probs[base * vocab..][..vocab], row)
+                    kl_divergence(&self.log_probs[base * vocab..][..vocab], row)
                 })
                 .collect();
             rows.extend(block);
@@ -189,44 +189,5 @@ fn final_logits(model: &Model, x: &mut [f32], mut use_rows: impl FnMut(&mut [f32
         let out = &mut logits[..hidden.len() / d * vocab];
         model.logits(hidden, out, &mut ());
         use_rows(out);
-    }
-}
-
-/// `x − ln Σ exp x` in place.
-pub(crate) fn log_softmax(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    let sum: f64 = row
-        .chunks(256)
-        .map(|c| f64::from(c.iter().map(|&v| (v - max).exp()).sum::<f32>()))
-        .sum();
-    let shift = max + sum.ln() as f32;
-    row.iter_mut().for_each(|v| *v -= shift);
-}
-
-/// `Σ p (ln p − ln q)` from log-probabilities.
-fn divergence(p: &[f32], q: &[f32]) -> f64 {
-    p.chunks(256)
-        .zip(q.chunks(256))
-        .map(|(p, q)| f64::from(p.iter().zip(q).map(|(&p, &q)| p.exp() * (p - q)).sum::<f32>()))
-        .sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn divergence_matches_the_definition() {
-        let (mut p, mut q) = (vec![1.0, 2.0, 3.0], vec![2.0, 2.0, 1.0]);
-        log_softmax(&mut p);
-        log_softmax(&mut q);
-        assert!((p.iter().map(|v| v.exp()).sum::<f32>() - 1.0).abs() < 1e-6);
-        let expected: f64 = p
-            .iter()
-            .zip(&q)
-            .map(|(&p, &q)| f64::from(p).exp() * f64::from(p - q))
-            .sum();
-        assert!((divergence(&p, &q) - expected).abs() < 1e-6 && expected > 0.1);
-        assert_eq!(divergence(&p, &p), 0.0);
     }
 }

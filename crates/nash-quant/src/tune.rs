@@ -13,12 +13,12 @@ use std::collections::BTreeMap;
 use half::f16;
 use nash_core::ModelFile;
 use nash_core::hash::Hasher;
-use nash_models::{GradientTap, Model};
+use nash_models::{GradientTap, Model, log_softmax};
 use rayon::prelude::*;
 
 use crate::QuantError;
 use crate::packed::packed_model;
-use crate::probe::{Probe, embed, log_softmax};
+use crate::probe::{Probe, embed};
 use crate::report::{Tuning, four_digits};
 use crate::session::{Session, Solved};
 

@@ -93,9 +93,16 @@ impl<'a> MatRef<'a> {
         if self.col_stride == 1 {
             return self;
         }
-        // One of the strides is always 1, so the columns are contiguous.
-        transpose(self.data, self.col_stride, (self.cols, self.rows), buffer);
+        // Every element is written.
+        buffer.resize(self.rows * self.cols, 0.0);
+        self.write_rows(buffer);
         MatRef::row_major(buffer, self.rows, self.cols)
+    }
+
+    /// Writes the rows of a matrix with contiguous columns to `out`, one after the other.
+    pub(super) fn write_rows(self, out: &mut [f32]) {
+        debug_assert_eq!(self.row_stride, 1, "contiguous columns");
+        transpose(self.data, self.col_stride, (self.cols, self.rows), out);
     }
 }
 

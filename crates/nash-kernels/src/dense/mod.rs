@@ -15,6 +15,7 @@ mod out;
 mod tests;
 mod transpose;
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 pub use matrix::{MatMut, MatRef};
@@ -37,16 +38,51 @@ fn gemm_on(pool: &Pool, (alpha, a, b): (f32, MatRef<'_>, MatRef<'_>), (beta, c):
         "shapes [m, n], k of a matrix product"
     );
     let (row_block, col_block) = block_sizes(c.rows, c.cols, a.cols);
-    let (row_blocks, col_blocks) = (c.rows.div_ceil(row_block), c.cols.div_ceil(col_block));
+    let col_blocks = c.cols.div_ceil(col_block);
     let out = Out::new(c);
-    pool.run(row_blocks * col_blocks, &|block| {
-        let rows = nth_range(block % row_blocks, row_block, out.rows);
-        let cols = nth_range(block / row_blocks, col_block, out.cols);
-        let (a, b) = (a.rows_range(rows.clone()), b.cols_range(cols.clone()));
-        // SAFETY: the ranges are inside `c`, and no other block shares an element.
-        unsafe { out.product((alpha, a, b), beta, (rows, cols)) }
-    });
+    let product = |rows: Range<usize>, a: MatRef<'_>| {
+        let row_blocks = rows.len().div_ceil(row_block);
+        pool.run(row_blocks * col_blocks, &|block| {
+            let part = nth_range(block % row_blocks, row_block, rows.len());
+            let cols = nth_range(block / row_blocks, col_block, out.cols);
+            let (a, b) = (a.rows_range(part.clone()), b.cols_range(cols.clone()));
+            let part = rows.start + part.start..rows.start + part.end;
+            // SAFETY: the ranges are inside `c`, and no other block shares an element.
+            unsafe { out.product((alpha, a, b), beta, (part, cols)) }
+        });
+    };
+    if a.row_stride == 1 || col_blocks == 1 {
+        return product(0..out.rows, a);
+    }
+    // Every block of columns needs the same rows in the order `gemm` likes: brought into it here, once.
+    let mut buffer = SHARED.take();
+    let most = (SHARED_FLOATS / a.cols.max(1)).max(SHARED_ROWS);
+    let at_once = if most < row_block {
+        most
+    } else {
+        most - most % row_block
+    };
+    for first in (0..out.rows).step_by(at_once) {
+        let rows = first..out.rows.min(first + at_once);
+        let part = a.rows_range(rows.clone()).t();
+        buffer.resize(part.rows * part.cols, 0.0);
+        pool.for_each_chunk(&mut buffer, SHARED_ROWS * part.cols, |index, chunk| {
+            part.rows_range(nth_range(index, SHARED_ROWS, part.rows))
+                .write_rows(chunk);
+        });
+        product(rows, MatRef::row_major(&buffer, part.rows, part.cols).t());
+    }
+    SHARED.set(buffer);
 }
+
+thread_local! {
+    /// The transposed left factor. Taken out while in use.
+    static SHARED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+/// Floats of a left factor that are transposed at a time: 32 MiB.
+const SHARED_FLOATS: usize = 8 << 20;
+/// Rows of its transpose that are one task.
+const SHARED_ROWS: usize = 64;
 
 /// `y [T, m] = x [T, n] · w [m, n]ᵀ`: `y[t, r] = Σ_c x[t, c] · w[r, c]`.
 ///

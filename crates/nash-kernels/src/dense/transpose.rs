@@ -8,14 +8,13 @@
 /// Side of the squares.
 const SIDE: usize = 8;
 
-/// Replaces `out` by the transpose `[cols, rows]` of the matrix `[rows, cols]` whose row `r` begins at
+/// Fills `out` with the transpose `[cols, rows]` of the matrix `[rows, cols]` whose row `r` begins at
 /// `data[r · stride]`.
 ///
 /// # Panics
-/// If a row is not inside `data`.
-pub(super) fn transpose(data: &[f32], stride: usize, (rows, cols): (usize, usize), out: &mut Vec<f32>) {
-    // Every element is written below.
-    out.resize(rows * cols, 0.0);
+/// If a row is not inside `data`, or `out` has another length.
+pub(super) fn transpose(data: &[f32], stride: usize, (rows, cols): (usize, usize), out: &mut [f32]) {
+    assert_eq!(out.len(), rows * cols, "elements of a transpose [{cols}, {rows}]");
     let square = square_for_cpu();
     let (whole_rows, whole_cols) = (rows - rows % SIDE, cols - cols % SIDE);
     for col in (0..whole_cols).step_by(SIDE) {
@@ -108,7 +107,7 @@ mod tests {
             for padding in [0, 3] {
                 let stride = cols + padding;
                 let data: Vec<f32> = (0..rows * stride).map(|i| i as f32).collect();
-                let mut out = vec![f32::NAN; 3];
+                let mut out = vec![f32::NAN; rows * cols];
                 transpose(&data, stride, (rows, cols), &mut out);
                 let expected = (0..cols * rows).map(|i| (i % rows * stride + i / rows) as f32);
                 assert!(out.iter().copied().eq(expected), "{rows} x {cols}");
