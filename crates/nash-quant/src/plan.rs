@@ -180,7 +180,7 @@ struct Cost {
 
 /// Per weight, in `f32` operations of a matrix product that take as long: fitting table and scales and two sweeps, and the sweeps from there to
 /// equilibrium, without the products. Measured on a CPU with AVX-512; with narrower registers both cost more.
-const TRELLIS: [f64; 2] = [20e3, 14e3];
+const TRELLIS: [f64; 2] = [14e3, 8e3];
 /// The same for scalar codebooks, of which every sweep after the draft costs the second number.
 const SCALAR: [f64; 2] = [6e3, 1e3];
 /// Sweeps from a draft to equilibrium.
@@ -267,9 +267,9 @@ impl Cost {
     }
 }
 
-/// `f32` operations per second of this machine's matrix products, from a measurement of a few tens of milliseconds.
+/// `f32` operations per second of this machine's matrix products, from a measurement of a tenth of a second.
 fn operations_per_second() -> f64 {
-    const N: usize = 512;
+    const N: usize = 1024;
     let (a, mut c) = (vec![1.0f32; N * N], vec![0.0f32; N * N]);
     let run = |c: &mut [f32]| {
         let start = Instant::now();
