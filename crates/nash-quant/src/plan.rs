@@ -270,6 +270,8 @@ impl Cost {
 /// `f32` operations per second of this machine's matrix products, from a measurement of a tenth of a second.
 fn operations_per_second() -> f64 {
     const N: usize = 1024;
+    /// The share of the rate of a square product that those of a compression reach: from whole runs on models of 135M and 1.5B weights.
+    const REACHED: f64 = 0.8;
     let (a, mut c) = (vec![1.0f32; N * N], vec![0.0f32; N * N]);
     let run = |c: &mut [f32]| {
         let start = Instant::now();
@@ -283,5 +285,5 @@ fn operations_per_second() -> f64 {
         start.elapsed().as_secs_f64()
     };
     let best = (0..6).map(|_| run(&mut c)).fold(f64::INFINITY, f64::min);
-    2.0 * (N as f64).powi(3) / best.max(1e-9)
+    REACHED * 2.0 * (N as f64).powi(3) / best.max(1e-9)
 }
