@@ -1,7 +1,7 @@
 //! Who keeps experts busy: nobody, an auxiliary loss, a bias, or the prices of the routing game.
 //!
-//! Every rule ends in one bias per expert and layer, `b`, with which a finished model chooses: `top-k(s + b)`. The bias never
-//! touches the mixing weights.
+//! Every rule ends in one bias per expert and layer, `b`, with which a finished model chooses: `top-k(s + b)`. Neither it nor a
+//! reward touches the mixing weights.
 //!
 //! | rule | choice in training | what moves |
 //! | --- | --- | --- |
@@ -11,7 +11,8 @@
 //! | Nash | `top-k(s − p)` at prices that balance this batch | b is the mean of `−p` over the last batches |
 //!
 //! Nash starts from the prices of the batch before (the equilibrium cache); *cold* guesses them from each batch instead. *Swarm* adds company:
-//! at the prices found, tokens then play the exact game with their 7 nearest neighbours to an equilibrium.
+//! at the prices found, tokens then play the exact game with their 7 nearest neighbours to an equilibrium. *Resident* rewards, in the last quarter
+//! of the training and in the finished model, the half of a layer's experts that were used last ([`nash_eval::routing`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
-//! The loop: AdamW, a warm-up and a cosine, batches of random windows; then the held-back text with nothing but the bias.
+//! The loop: AdamW, a warm-up and a cosine, batches of random windows; then the held-back text with the bias alone, and with
+//! rewards where the rule has them.
 
 use std::time::Instant;
 
