@@ -7,7 +7,6 @@
 //! depends on it is NaN: bad numbers stay visible. A group whose largest magnitude is under 4·10⁻³⁷ is
 //! taken as zero.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::layout::GROUP;
@@ -53,36 +52,14 @@ impl Activations {
     /// If `x` has not `tokens · cols` elements.
     pub fn quantize(&mut self, x: &[f32], tokens: usize, cols: usize) {
         assert_eq!(Some(x.len()), tokens.checked_mul(cols), "inputs [tokens, cols]");
-        self.quantize_blocks(tokens, cols, |block, tokens, convert| {
-            for (t, token) in tokens.clone().enumerate() {
-                block.quantize(t, tokens.len(), &x[token * cols..][..cols], convert);
-            }
-        });
+        self.quantize_rows(tokens, cols, |token| &x[token * cols..][..cols]);
     }
 
-    /// Quantizes `tokens` rows of `cols` columns that `fill(token, row)` writes, replacing what was there: for inputs that are
-    /// gathered or computed on the way, without a copy of them all. `row` holds anything before.
-    pub fn quantize_with(&mut self, tokens: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) {
-        thread_local!(static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
-        self.quantize_blocks(tokens, cols, |block, tokens, convert| {
-            // Taken out while in use: `fill` may come back here.
-            let mut row = ROW.take();
-            row.resize(cols, 0.0);
-            for (t, token) in tokens.clone().enumerate() {
-                fill(token, &mut row);
-                block.quantize(t, tokens.len(), &row, convert);
-            }
-            ROW.set(row);
-        });
-    }
-
-    /// Has the blocks written, each for the given tokens.
-    fn quantize_blocks(
-        &mut self,
-        tokens: usize,
-        cols: usize,
-        write: impl Fn(&mut Block, Range<usize>, Convert) + Sync,
-    ) {
+    /// Quantizes `tokens` rows of `cols` columns wherever they are, replacing what was there.
+    ///
+    /// # Panics
+    /// If a row has not `cols` elements.
+    pub fn quantize_rows<'x>(&mut self, tokens: usize, cols: usize, row: impl Fn(usize) -> &'x [f32] + Sync) {
         (self.tokens, self.cols) = (tokens, cols);
         let blocks = tokens.div_ceil(TOKEN_BLOCK);
         if self.blocks.len() < blocks {
@@ -94,7 +71,11 @@ impl Activations {
             let tokens = first..tokens.min(first + TOKEN_BLOCK);
             for out in out {
                 out.grow(tokens.len() * cols.div_ceil(GROUP));
-                write(out, tokens.clone(), convert);
+                for (t, token) in tokens.clone().enumerate() {
+                    let x = row(token);
+                    assert_eq!(x.len(), cols, "columns of token {token}");
+                    convert(out, (t, tokens.len()), x);
+                }
             }
         });
     }
@@ -173,43 +154,56 @@ impl Block {
         }
     }
 
-    /// Quantizes token `t` of `tokens`, `x [cols]`.
-    #[inline]
-    fn quantize(&mut self, t: usize, tokens: usize, x: &[f32], convert: Convert) {
-        for (group, x) in x.chunks(GROUP).enumerate() {
+    /// Writes the groups of token `t` of `tokens`, `x [cols]`.
+    #[inline(always)]
+    fn write(
+        &mut self,
+        (t, tokens): (usize, usize),
+        x: &[f32],
+        convert: impl Fn(&[f32; GROUP], &mut Codes) -> (i32, f32),
+    ) {
+        let (groups, rest) = x.as_chunks();
+        let mut last = [0.0; GROUP];
+        last[..rest.len()].copy_from_slice(rest);
+        let last = Some(&last).filter(|_| !rest.is_empty());
+        for (group, x) in groups.iter().chain(last).enumerate() {
             let at = group * tokens + t;
             (self.corrections[at], self.scales[at]) = convert(x, &mut self.codes[at]);
         }
     }
 }
 
-/// Writes the codes of a group and gives their correction and scale.
-type Convert = fn(&[f32], &mut Codes) -> (i32, f32);
+/// Writes a token, one of so many, to its block.
+type Convert = fn(&mut Block, (usize, usize), &[f32]);
 
-/// The conversion of one group for what this CPU has. All give the same bits.
+/// The conversion of a token for what this CPU has. All give the same bits.
 fn convert_for_cpu() -> Convert {
     #[cfg(target_arch = "x86_64")]
     #[expect(
         unsafe_code,
-        reason = "calls functions that need an instruction set, and intrinsics that read and write slices"
+        reason = "calls functions that need an instruction set, and intrinsics that read and write arrays"
     )]
     {
         use std::arch::x86_64::*;
 
         /// The intrinsics-free body is compiled again with 256-bit registers.
         #[target_feature(enable = "avx2")]
-        fn convert_avx2(x: &[f32], out: &mut Codes) -> (i32, f32) {
-            convert(x, out)
+        fn token_avx2(block: &mut Block, at: (usize, usize), x: &[f32]) {
+            block.write(at, x, convert);
         }
 
-        /// [`convert`], two thirds faster than what the compiler makes of it.
         #[target_feature(enable = "avx512f")]
-        fn convert_avx512(x: &[f32], out: &mut Codes) -> (i32, f32) {
+        fn token_avx512(block: &mut Block, at: (usize, usize), x: &[f32]) {
+            block.write(at, x, |x, out| convert_avx512(x, out));
+        }
+
+        /// [`convert`], more than twice as fast as what the compiler makes of it.
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        fn convert_avx512(x: &[f32; GROUP], out: &mut Codes) -> (i32, f32) {
             let values: [__m512; 4] = std::array::from_fn(|i| {
-                let x = x.get(16 * i..).unwrap_or_default();
-                let mask = ((1u32 << x.len().min(16)) - 1) as u16;
-                // SAFETY: no more floats than the slice has are read.
-                unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
+                // SAFETY: 16 floats inside of an array of 64 are read.
+                unsafe { _mm512_loadu_ps(x[16 * i..].as_ptr()) }
             });
             let magnitude = |v| _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(i32::MAX));
             let larger = |a, b| _mm512_max_epu32(a, b);
@@ -233,21 +227,21 @@ fn convert_for_cpu() -> Convert {
 
         match crate::Isa::active() {
             crate::Isa::Avx512 => {
-                return |x, out| {
+                return |block, at, x| {
                     // SAFETY: the active instruction set is AVX-512 here, and it is only active if present.
-                    unsafe { convert_avx512(x, out) }
+                    unsafe { token_avx512(block, at, x) }
                 };
             }
             crate::Isa::Avx2 => {
-                return |x, out| {
+                return |block, at, x| {
                     // SAFETY: the active instruction set is AVX2 here, and it is only active if present.
-                    unsafe { convert_avx2(x, out) }
+                    unsafe { token_avx2(block, at, x) }
                 };
             }
             _ => {}
         }
     }
-    convert
+    |block, at, x| block.write(at, x, convert)
 }
 
 /// Adding and subtracting it rounds a float of magnitude below 2²² to an integer, ties to even, and
@@ -255,20 +249,16 @@ fn convert_for_cpu() -> Convert {
 const ROUND: f32 = 12_582_912.0;
 
 #[inline(always)]
-fn convert(x: &[f32], out: &mut Codes) -> (i32, f32) {
-    let mut padded = [0.0f32; GROUP];
-    padded[..x.len()].copy_from_slice(x);
+fn convert(x: &[f32; GROUP], out: &mut Codes) -> (i32, f32) {
     // As integers, magnitudes compare like floats, and NaN and infinity are above all finite ones.
-    let absmax = padded
-        .iter()
-        .fold(0u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
+    let absmax = x.iter().fold(0u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
     let absmax = f32::from_bits(absmax);
     let inverse = 127.0 / absmax;
     if !absmax.is_finite() || !inverse.is_finite() {
         out.0 = [0; GROUP];
         return (0, if absmax.is_finite() { 0.0 } else { f32::NAN });
     }
-    for (code, value) in out.0.iter_mut().zip(&padded) {
+    for (code, value) in out.0.iter_mut().zip(x) {
         *code = (value * inverse + ROUND).to_bits() as i8;
     }
     let sum: i32 = out.0.iter().map(|&code| i32::from(code)).sum();
@@ -324,8 +314,10 @@ mod tests {
             let activations = quantized(&x, tokens, cols);
             for t in 0..tokens {
                 for (group, values) in x[t * cols..][..cols].chunks(GROUP).enumerate() {
+                    let mut padded = [0.0; GROUP];
+                    padded[..values.len()].copy_from_slice(values);
                     let mut alone = Codes([1; GROUP]);
-                    let (_, scale) = convert(values, &mut alone);
+                    let (_, scale) = convert(&padded, &mut alone);
                     prop_assert_eq!(activations.group(t, group), (&alone.0, scale));
                 }
             }
@@ -366,13 +358,13 @@ mod tests {
     }
 
     #[test]
-    fn rows_may_be_written_on_the_way() {
+    fn rows_may_lie_anywhere() {
         let x: Vec<f32> = (0..19 * 70).map(|i| (i as f32 * 0.7).sin()).collect();
-        let mut filled = Activations::new();
-        filled.quantize_with(19, 70, |token, row| row.copy_from_slice(&x[token * 70..][..70]));
+        let mut turned = Activations::new();
+        turned.quantize_rows(19, 70, |token| &x[(18 - token) * 70..][..70]);
         let all = quantized(&x, 19, 70);
         for (token, group) in (0..19).flat_map(|token| [(token, 0), (token, 1)]) {
-            assert_eq!(filled.group(token, group), all.group(token, group));
+            assert_eq!(turned.group(token, group), all.group(18 - token, group));
         }
     }
 

@@ -179,6 +179,15 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Threads that a call made now would have, unless another one comes before it: the caller alone while the pool is in use.
+    pub(crate) fn helping_threads(&self) -> usize {
+        if self.shared.taken.load(Ordering::Relaxed) {
+            1
+        } else {
+            self.threads()
+        }
+    }
+
     /// See [`for_each_chunk`].
     pub(crate) fn for_each_chunk<T: Send>(
         &self,

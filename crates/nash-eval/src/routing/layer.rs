@@ -1,14 +1,16 @@
 //! A feed-forward layer of experts, and the dense layer with as many active parameters: what routing stands beside.
 //!
 //! An expert is `down · relu(up · x)`, without biases. The mixture sends each token to the experts that it chose, tokens of one expert together, and adds their
-//! outputs weighted by the softmax of the chosen scores. The dense layer is one expert k times as wide. Weights are `f32`, or packed at 8 bits: their values rounded to
+//! outputs weighted by the softmax of the chosen scores. The dense layer is one expert k times as wide. Weights are `f32`, or packed: their values rounded to
 //! nearest, multiplied as a packed model is, with inputs quantized to 8 bits.
 
 use half::f16;
 use nash_games::GameError;
 use nash_games::routing::{PriceRouter, Scores};
 use nash_kernels::dense::matmul_nt;
-use nash_kernels::{Activations, GROUP, PackedMatrix, PackedShape, SCALE_UNIT, Unpacked, Width, pool};
+use nash_kernels::{
+    Activations, GROUP, PackedMatrix, PackedShape, SCALE_UNIT, Unpacked, Width, pool, vectorize,
+};
 
 use super::RoutingShape;
 use super::source::Normal;
@@ -18,28 +20,33 @@ use super::source::Normal;
 pub enum Storage {
     /// `f32`.
     Float,
-    /// 8 bits and a scale per group.
-    Packed,
+    /// Codes of so many bits, and a scale per group.
+    Packed(Width),
 }
 
-/// Rounds `values [m, n]` to nearest, with the largest of every group at ±127.
-fn pack(values: &[f32], cols: usize) -> PackedMatrix {
-    let width = Width::new(8).expect("a width of the layout");
+/// Rounds `values [m, n]` to the nearest of evenly spaced levels, with the largest of every group at the last one.
+fn pack(values: &[f32], cols: usize, width: Width) -> PackedMatrix {
+    let half = 1 << (width.bits() - 1);
+    let reach = half - 1;
+    // Units between levels: as many as fit a byte.
+    let step = 127 / reach;
+    let level = |window: i32| (step * (window % (2 * half) - half)).max(-127) as i8;
     let mut unpacked = Unpacked {
         codes: Vec::with_capacity(values.len()),
         scale_codes: Vec::new(),
         row_scales: Vec::new(),
-        codebook: Vec::new(),
+        codebook: (0..width.codebook_len() as i32).map(level).collect(),
     };
+    let (reach, step, half) = (reach as f32, step as f32, half as f32);
     let largest = |values: &[f32]| values.iter().fold(f32::MIN_POSITIVE, |m, w| m.max(w.abs()));
     for row in values.chunks(cols) {
-        let scale = f16::from_f32(largest(row) / (127.0 * 127.0 * SCALE_UNIT));
-        let unit = scale.to_f32() * SCALE_UNIT;
+        let scale = f16::from_f32(largest(row) / (reach * step * 127.0 * SCALE_UNIT));
+        let unit = scale.to_f32() * SCALE_UNIT * step;
         unpacked.row_scales.push(scale);
         for group in row.chunks(GROUP) {
-            let scale_code = (largest(group) / (127.0 * unit)).ceil().clamp(1.0, 127.0);
+            let scale_code = (largest(group) / (reach * unit)).ceil().clamp(1.0, 127.0);
             unpacked.scale_codes.push(scale_code as i8);
-            let code = |w: &f32| ((w / (unit * scale_code)).round().clamp(-127.0, 127.0) + 128.0) as u8;
+            let code = |w: &f32| ((w / (unit * scale_code)).round().clamp(-reach, reach) + half) as u8;
             unpacked.codes.extend(group.iter().map(code));
         }
     }
@@ -102,9 +109,9 @@ impl Experts {
             let down = normal.many(width * hidden, (1.0 / hidden as f32).sqrt());
             match storage {
                 Storage::Float => Expert::Float { up, down },
-                Storage::Packed => Expert::Packed {
-                    up: pack(&up, width),
-                    down: pack(&down, hidden),
+                Storage::Packed(bits) => Expert::Packed {
+                    up: pack(&up, width, bits),
+                    down: pack(&down, hidden, bits),
                 },
             }
         };
@@ -121,8 +128,8 @@ impl Experts {
     /// take parts of the rows of one expert through both of its products.
     fn answer(&mut self, x: &[f32], mut rows: &[u32], loads: &[u32]) -> &[f32] {
         let (d, h) = (self.width, self.hidden);
-        self.answers.resize(rows.len() * d, 0.0);
-        let mut answers = &mut self.answers[..];
+        let all = lines(&mut self.answers, rows.len() * d);
+        let mut answers = &mut *all;
         let mut parts = Vec::new();
         for (expert, &load) in self.experts.iter().zip(loads) {
             let longest = match expert {
@@ -138,6 +145,8 @@ impl Experts {
                 parts.push((expert, part, answers, self.buffers.pop().unwrap_or_default()));
             }
         }
+        // The largest first, so that threads end at about the same time.
+        parts.sort_by_key(|(_, rows, ..)| std::cmp::Reverse(rows.len()));
         pool::for_each_chunk(&mut parts, 1, |_, parts| {
             for (expert, rows, answers, buffers) in parts {
                 let input = |at: usize| &x[rows[at] as usize * d..][..d];
@@ -146,7 +155,7 @@ impl Experts {
         });
         self.buffers
             .extend(parts.into_iter().map(|(.., buffers)| buffers));
-        &self.answers
+        all
     }
 }
 
@@ -160,7 +169,7 @@ impl Expert {
         answers: &mut [f32],
         [d, h]: [usize; 2],
     ) {
-        inner.resize(rows * h, 0.0);
+        let inner = lines(inner, rows * h);
         match self {
             Self::Float { up, down } => {
                 x.clear();
@@ -170,16 +179,28 @@ impl Expert {
                 matmul_nt(inner, down, answers, rows, d, h);
             }
             Self::Packed { up, down } => {
-                quantized.quantize_with(rows, d, |at, row| row.copy_from_slice(input(at)));
+                quantized.quantize_rows(rows, d, input);
                 nash_kernels::matmul(up.as_ref(), quantized, inner);
-                quantized.quantize_with(rows, h, |at, row| {
-                    let inner = &inner[at * h..][..h];
-                    row.iter_mut().zip(inner).for_each(|(row, v)| *row = v.max(0.0));
-                });
+                vectorize(
+                    #[inline(always)]
+                    || inner.iter_mut().for_each(|v| *v = v.max(0.0)),
+                );
+                quantized.quantize(inner, rows, h);
                 nash_kernels::matmul(down.as_ref(), quantized, answers);
             }
         }
     }
+}
+
+/// Floats of a buffer that begin with a line of the cache, of which kernels store one at a time; they hold anything before. The buffer never shrinks: what is
+/// cut off would be cleared when it is needed again.
+fn lines(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    const LINE: usize = 64 / size_of::<f32>();
+    if buffer.len() < len + LINE {
+        buffer.resize(len + LINE, 0.0);
+    }
+    let first = buffer.as_ptr().align_offset(64).min(LINE);
+    &mut buffer[first..first + len]
 }
 
 /// Where the rows of each expert begin.
@@ -396,16 +417,25 @@ mod tests {
     fn a_packed_layer_answers_nearly_as_the_layer_in_floats() {
         let (d, h) = (100, 72);
         let x = Normal::new(3, 0).many(9 * d, 1.0);
-        let [exact, packed] = [Storage::Float, Storage::Packed].map(|storage| {
+        let answer = |storage| {
             let mut y = vec![f32::NAN; x.len()];
             DenseLayer::random(d, h, storage, 5).forward(&x, &mut y);
             y
-        });
+        };
         let energy = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
-        let error =
-            energy(&mut exact.iter().zip(&packed).map(|(a, b)| a - b)) / energy(&mut exact.iter().copied());
-        // Four roundings (weights and inputs of two products), each about 1/127 of the largest of 64 normal values, 2.5 deviations: uniform within ±1.25/127.
-        let one = (2.5f32 / 127.0).powi(2) / 12.0;
-        assert!(error > 0.0 && error < 2.0 * 4.0 * one, "{error}");
+        let exact = answer(Storage::Float);
+        for (bits, levels) in [(8, 127.0), (4, 7.0)] {
+            let packed = answer(Storage::Packed(Width::new(bits).unwrap()));
+            let error = energy(&mut exact.iter().zip(&packed).map(|(a, b)| a - b))
+                / energy(&mut exact.iter().copied());
+            // Four roundings: weights and inputs of two products, within half a step of the largest of 64 normal values, 2.5 deviations,
+            // over the number of levels; inputs have 127.
+            let one = |levels: f32| (2.5 / levels).powi(2) / 12.0;
+            let expected = 2.0 * (one(levels) + one(127.0));
+            assert!(
+                error > 0.5 * expected && error < 2.0 * expected,
+                "{bits} bits: {error}, expected {expected}"
+            );
+        }
     }
 }

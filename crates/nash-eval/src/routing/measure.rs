@@ -7,15 +7,13 @@ use nash_games::routing::{
     Balance, FLOCK, Neighbours, PriceCache, PriceRouter, RoutingGame, Rules, ScoreStatistics, Scores, cache,
     certify_game, certify_prices, load_balance,
 };
+use nash_kernels::Width;
 
 use super::layer::{DenseLayer, MixtureLayer, Storage};
 use super::source::{Batch, Source};
 use super::{RoutingOptions, RoutingRow, RoutingShape};
 use crate::EvalError;
 use crate::stats::median;
-
-/// Runs of a layer for each repeat: it is measured on one batch only.
-const LAYER_RUNS: usize = 4;
 
 /// Measures all methods on one shape. `tick` is called after each method.
 ///
@@ -228,7 +226,7 @@ impl Bench<'_> {
         found.shared += shared as f64 / (2 * neighbours.pairs() * k).max(1) as f64 / batches;
     }
 
-    fn row(&self, method: &str, found: Findings) -> RoutingRow {
+    fn row(&self, method: &str, mut found: Findings) -> RoutingRow {
         let sweeps: usize = found.iterations.iter().sum();
         RoutingRow {
             iterations: Some(sweeps as f64 / found.iterations.len().max(1) as f64),
@@ -239,12 +237,11 @@ impl Bench<'_> {
             mean_score: Some(found.score),
             shared_with_neighbours: Some(found.shared),
             unconverged: Some(found.unconverged),
-            ..self.timed(method, found.seconds)
+            ..self.timed(method, median(&mut found.seconds).unwrap_or_default())
         }
     }
 
-    fn timed(&self, method: &str, mut seconds: Vec<f64>) -> RoutingRow {
-        let seconds = median(&mut seconds).unwrap_or_default();
+    fn timed(&self, method: &str, seconds: f64) -> RoutingRow {
         RoutingRow {
             shape: self.shape.name.to_owned(),
             method: method.to_owned(),
@@ -258,73 +255,70 @@ impl Bench<'_> {
         }
     }
 
-    /// Whole layers with experts `hidden` wide at cached prices, and a dense layer k times as wide, in turns.
+    /// Whole layers with experts `hidden` wide at cached prices, and a dense layer k times as wide: each in a loop of its own over the batches,
+    /// as its peers are timed, so that its weights are where its last run has left them.
     fn layers(&self, hidden: usize) -> Result<Vec<RoutingRow>, EvalError> {
         let (k, experts) = (self.shape.top_k, self.shape.experts);
         let mixture = |storage| MixtureLayer::random(self.shape, hidden, storage, self.options.seed);
-        let (mut float, mut packed) = (mixture(Storage::Float)?, mixture(Storage::Packed)?);
         let dense = |storage| DenseLayer::random(self.shape.width, k * hidden, storage, self.options.seed);
-        let (mut dense_float, mut dense_packed) = (dense(Storage::Float), dense(Storage::Packed));
         let mut at = PriceState::new(self.shape, self.options)?;
-        // Prices of one batch, the layers are timed on another.
-        let scores = float.scores(&self.batches[0].states);
-        at.balance(Scores::new(&scores, experts)?, Prices::Cold)?;
-        let x = &self.batches[1].states;
-        let scores = float.scores(x);
-        let mut y = vec![0.0; x.len()];
-        for layer in [&mut float, &mut packed] {
+        let mut y = vec![0.0; self.batches[0].states.len()];
+        let mut rows = Vec::new();
+        for (storage, name) in storages() {
+            let mut layer = mixture(storage)?;
+            // Prices of the first batch, the layers are timed on the others.
+            let scores = layer.scores(&self.batches[0].states);
+            at.balance(Scores::new(&scores, experts)?, Prices::Cold)?;
             layer.prices().copy_from_slice(&at.prices);
+            let scores = self.batches[1..].iter().map(|batch| layer.scores(&batch.states));
+            let scores: Vec<Vec<f32>> = scores.collect();
+            let routing = self.median_seconds(|batch| {
+                let scores = Scores::new(&scores[batch], experts)?;
+                Ok(at.router.select(scores, &at.prices, &mut at.choices)?)
+            })?;
+            let all =
+                self.median_seconds(|batch| Ok(layer.forward(&self.batches[1 + batch].states, &mut y)?))?;
+            rows.push(RoutingRow {
+                routing_share: Some(routing / all),
+                ..self.timed(&format!("whole mixture layer, {name}"), all)
+            });
         }
-        let mut times = [const { Vec::new() }; 5];
-        for run in 0..=LAYER_RUNS * self.options.repeats {
-            let taken = [
-                seconds(|| Ok(float.forward(x, &mut y)?))?,
-                seconds(|| Ok(packed.forward(x, &mut y)?))?,
-                seconds(|| {
-                    dense_float.forward(x, &mut y);
-                    Ok(())
-                })?,
-                seconds(|| {
-                    dense_packed.forward(x, &mut y);
-                    Ok(())
-                })?,
-                seconds(|| {
-                    let scores = Scores::new(&scores, experts)?;
-                    Ok(at.router.select(scores, &at.prices, &mut at.choices)?)
-                })?,
-            ];
-            if run > 0 {
-                times.iter_mut().zip(taken).for_each(|(all, one)| all.push(one));
+        for (storage, name) in storages() {
+            let mut layer = dense(storage);
+            let all = self.median_seconds(|batch| {
+                layer.forward(&self.batches[1 + batch].states, &mut y);
+                Ok(())
+            })?;
+            rows.push(self.timed(&format!("dense layer, as many active parameters, {name}"), all));
+        }
+        Ok(rows)
+    }
+
+    /// How long `work` takes on a batch: the median of several passes over all that are timed, after one that is not counted.
+    fn median_seconds(&self, mut work: impl FnMut(usize) -> Result<(), EvalError>) -> Result<f64, EvalError> {
+        let mut times = Vec::new();
+        for pass in 0..=self.options.repeats {
+            for batch in 0..self.options.batches {
+                let start = Instant::now();
+                work(batch)?;
+                if pass > 0 {
+                    times.push(start.elapsed().as_secs_f64());
+                }
             }
         }
-        let [float, packed, dense_float, dense_packed, mut routing] = times;
-        let routing = median(&mut routing);
-        let mixture = |method: &str, mut times: Vec<f64>| {
-            let share = routing
-                .zip(median(&mut times))
-                .map(|(routing, all)| routing / all);
-            RoutingRow {
-                routing_share: share,
-                ..self.timed(method, times)
-            }
-        };
-        Ok(vec![
-            mixture("whole mixture layer, f32", float),
-            mixture("whole mixture layer, packed at 8 bits", packed),
-            self.timed("dense layer, as many active parameters, f32", dense_float),
-            self.timed(
-                "dense layer, as many active parameters, packed at 8 bits",
-                dense_packed,
-            ),
-        ])
+        Ok(median(&mut times).unwrap_or_default())
     }
 }
 
-/// How long `work` takes.
-fn seconds(work: impl FnOnce() -> Result<(), EvalError>) -> Result<f64, EvalError> {
-    let start = Instant::now();
-    work()?;
-    Ok(start.elapsed().as_secs_f64())
+/// How the layers that are timed store their weights.
+fn storages() -> impl Iterator<Item = (Storage, String)> {
+    let packed = |bits| {
+        Some((
+            Storage::Packed(Width::new(bits)?),
+            format!("packed at {bits} bits"),
+        ))
+    };
+    std::iter::once((Storage::Float, "f32".to_owned())).chain([8, 4].into_iter().filter_map(packed))
 }
 
 /// The memory of the price methods.

@@ -101,10 +101,23 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], tokens: usize, rows: usize
                 *y = dot(x.data, &w.data[(task * per_task + r) * cols..][..cols]);
             }
         });
+    } else if (1..=FEW_ROWS).contains(&rows) && cols > 0 {
+        assert_eq!(y.len(), tokens * rows, "outputs [{tokens}, {rows}]");
+        let per_task = (ROW_PRODUCTS / (rows * cols)).max(1);
+        pool::for_each_chunk(y, per_task * rows, |task, y| {
+            let x = x.data[task * per_task * cols..].chunks_exact(cols);
+            for (y, x) in y.chunks_exact_mut(rows).zip(x) {
+                let w = w.data.chunks_exact(cols);
+                y.iter_mut().zip(w).for_each(|(y, w)| *y = dot(x, w));
+            }
+        });
     } else {
         gemm(1.0, x, w.t(), 0.0, MatMut::row_major(y, tokens, rows));
     }
 }
+
+/// Rows of a weight up to which dot products are faster than bringing its inputs into another order: routers of few experts.
+const FEW_ROWS: usize = 8;
 
 /// Multiplications in one task of a matrix-vector product.
 const ROW_PRODUCTS: usize = 16 << 10;

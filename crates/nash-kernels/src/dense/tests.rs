@@ -146,6 +146,9 @@ fn matmul_nt_is_right() {
         (130, 140, 100),
         (20, 40, 1100),
         (0, 3, 4),
+        (37, 8, 600),
+        (5, 1, 33),
+        (3, 2, 0),
     ] {
         let (x, w) = (random(tokens * cols, 1), random(rows * cols, 2));
         let mut y = vec![f32::NAN; tokens * rows];

@@ -56,6 +56,8 @@ use crate::pool::{self, Pool};
 const TOKEN_CHUNK: usize = 256;
 /// Groups decoded at a time: 17 KiB with their scales, half of a first-level cache.
 const PANEL: usize = 16;
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
 /// Tiles of a strip: rows that are decoded together.
 const TILES: usize = 4;
 /// Rows of a strip.
@@ -109,9 +111,9 @@ fn multiply_on<'a>(pool: &Pool, isa: Isa, products: impl IntoIterator<Item = Pro
     let mut products = products.into_iter();
     loop {
         let mut jobs = [const { None }; TOGETHER];
-        let mut tasks = 0;
+        let (mut tasks, threads) = (0, pool.helping_threads());
         for (slot, product) in jobs.iter_mut().zip(products.by_ref()) {
-            let job = Job::new(product, tasks, pool.threads());
+            let job = Job::new(product, tasks, threads);
             tasks = job.tasks.end;
             *slot = Some(job);
         }
@@ -129,6 +131,9 @@ fn multiply_on<'a>(pool: &Pool, isa: Isa, products: impl IntoIterator<Item = Pro
 
 /// Tiles that one task works on; has no influence on results.
 fn tiles_per_task(shape: PackedShape, tokens: usize, threads: usize) -> usize {
+    if threads == 1 {
+        return shape.tiles().max(1);
+    }
     let tile_bytes = shape.groups() * shape.record_bytes();
     let cheap = TASK_BYTES.div_ceil(tokens * tile_bytes.max(1));
     let balanced = shape.tiles() / (threads * 16);
@@ -322,19 +327,20 @@ impl Kernel {
 unsafe fn many(kernel: &Kernel, job: &Job<'_>, tiles: Range<usize>) {
     // Strips that fit the panel side by side: what they store then lies together.
     let strips = (PANEL / job.w.shape().groups().max(1)).max(1);
+    let end = tiles.end;
     SCRATCH.with_borrow_mut(|scratch| {
         for first_token in (0..job.x.tokens()).step_by(TOKEN_CHUNK) {
             let tokens = first_token..job.x.tokens().min(first_token + TOKEN_CHUNK);
             for first in tiles.clone().step_by(strips * TILES) {
                 let tiles = first..tiles.end.min(first + strips * TILES);
                 // SAFETY: passed on.
-                unsafe { many_of(kernel, job, (tiles, tokens.clone()), scratch) }
+                unsafe { many_of(kernel, job, (tiles, tokens.clone()), end, scratch) }
             }
         }
     });
 }
 
-/// [`many`] for one strip, or as many as fit the panel, and at most [`TOKEN_CHUNK`] tokens.
+/// [`many`] for one strip, or as many as fit the panel, and at most [`TOKEN_CHUNK`] tokens. The task goes on to tile `end`.
 ///
 /// # Safety
 /// As [`many`].
@@ -342,6 +348,7 @@ unsafe fn many_of(
     kernel: &Kernel,
     job: &Job<'_>,
     (tiles, tokens): (Range<usize>, Range<usize>),
+    end: usize,
     Scratch { panel, totals }: &mut Scratch,
 ) {
     let groups = job.w.shape().groups();
@@ -363,10 +370,20 @@ unsafe fn many_of(
             unsafe { (kernel.decode)(job, strip, range.clone(), panel) }
         }
         let blocks = tokens.clone().step_by(TOKEN_BLOCK);
+        let next = if range.end < groups {
+            (tiles.clone(), range.end..groups.min(range.end + PANEL))
+        } else {
+            (
+                tiles.end..end.min(tiles.end + tiles.len()),
+                0..in_panel.min(groups),
+            )
+        };
+        let mut ahead = Ahead::new(job, next, blocks.len() * strips().len());
         for (token, totals) in blocks.zip(totals[..tokens.len()].chunks_mut(TOKEN_BLOCK)) {
             let block = job.x.block(token, range.clone());
             let row_scales = row_scales.as_flattened().as_chunks().0;
             for ((strip, panel), row_scales) in strips().zip(panel.chunks(in_panel)).zip(row_scales) {
+                ahead.fetch_some();
                 let step = Step {
                     job,
                     strip,
@@ -380,6 +397,61 @@ unsafe fn many_of(
             }
         }
     }
+}
+
+/// Brings the records of the next panel nearer, some with every step of this one: decoding them takes little time, in which memory
+/// would have to be waited for.
+struct Ahead<'a> {
+    job: &'a Job<'a>,
+    tiles: Range<usize>,
+    /// What of the records of each tile.
+    bytes: Range<usize>,
+    /// What is left of the records at hand.
+    rest: &'a [u8],
+    /// Bytes for each step.
+    share: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// Records of some groups of some tiles, in so many steps.
+    fn new(job: &'a Job<'a>, (tiles, groups): (Range<usize>, Range<usize>), steps: usize) -> Self {
+        let record = job.w.shape().record_bytes();
+        let bytes = groups.start * record..groups.end * record;
+        let lines = tiles.len() * bytes.len().div_ceil(LINE);
+        Self {
+            job,
+            tiles,
+            bytes,
+            rest: &[],
+            share: lines.div_ceil(steps.max(1)) * LINE,
+        }
+    }
+
+    #[inline]
+    fn fetch_some(&mut self) {
+        if self.rest.is_empty() {
+            let Some(tile) = self.tiles.next() else { return };
+            self.rest = &self.job.records(tile)[self.bytes.clone()];
+        }
+        let (now, rest) = self.rest.split_at(self.share.min(self.rest.len()));
+        self.rest = rest;
+        for line in now.chunks(LINE) {
+            prefetch_soon(line);
+        }
+    }
+}
+
+/// Asks for the line of the cache at the begin of the bytes, to be used after a while. A hint.
+#[inline]
+fn prefetch_soon(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 impl Step<'_> {
