@@ -232,9 +232,9 @@ fn convert_for_cpu() -> Convert {
                     unsafe { token_avx512(block, at, x) }
                 };
             }
-            crate::Isa::Avx2 => {
+            crate::Isa::Avx2 | crate::Isa::Vnni => {
                 return |block, at, x| {
-                    // SAFETY: the active instruction set is AVX2 here, and it is only active if present.
+                    // SAFETY: the active instruction set has AVX2 here, and it is only active if present.
                     unsafe { token_avx2(block, at, x) }
                 };
             }

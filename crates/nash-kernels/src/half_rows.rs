@@ -289,9 +289,9 @@ fn add_kernel(isa: Isa, heads: usize) -> Add {
 fn usable(isa: Isa) -> Isa {
     assert!(isa.is_available(), "this CPU lacks {}", isa.name());
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 {
+    if matches!(isa, Isa::Avx2 | Isa::Vnni) {
         let both = std::arch::is_x86_feature_detected!("f16c") && std::arch::is_x86_feature_detected!("fma");
-        return if both { isa } else { Isa::Portable };
+        return if both { Isa::Avx2 } else { Isa::Portable };
     }
     isa
 }

@@ -15,6 +15,9 @@ pub enum Isa {
     Portable,
     /// x86-64 with AVX2.
     Avx2,
+    /// x86-64 with AVX2 and VNNI in 256-bit registers: AVX-VNNI (Intel since Alder Lake, AMD since Zen 5), or AVX-512 VL and VNNI (Intel since
+    /// Cascade Lake).
+    Vnni,
     /// x86-64 with AVX-512 F, BW, VBMI, VBMI2 and VNNI (Intel since Ice Lake, AMD since Zen 4).
     Avx512,
     /// AArch64 (little-endian) with NEON and its dot products (FEAT_DotProd: since Cortex-A55/A75, Neoverse N1, Apple A13/M1).
@@ -26,7 +29,7 @@ pub enum Isa {
 #[non_exhaustive]
 pub enum IsaError {
     /// The name is not one of the known ones.
-    #[error("NASHSWARM_ISA={name} is unknown; use portable, avx2, avx512 or neon")]
+    #[error("NASHSWARM_ISA={name} is unknown; use portable, avx2, vnni, avx512 or neon")]
     Unknown {
         /// The value found.
         name: String,
@@ -41,13 +44,14 @@ pub enum IsaError {
 
 impl Isa {
     /// All instruction sets, best last.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Vnni, Isa::Avx512, Isa::Neon];
 
     /// The name that `NASHSWARM_ISA` knows it by.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
+            Isa::Vnni => "vnni",
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
         }
@@ -60,6 +64,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => std::arch::is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
+            Isa::Vnni => Isa::Avx2.is_available() && (has_avx_vnni() || has_avx512_vnni()),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 std::arch::is_x86_feature_detected!("avx512f")
                     && std::arch::is_x86_feature_detected!("avx512bw")
@@ -68,7 +74,7 @@ impl Isa {
                     && std::arch::is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => false,
+            Isa::Avx2 | Isa::Vnni | Isa::Avx512 => false,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("dotprod"),
             #[cfg(not(target_arch = "aarch64"))]
@@ -125,6 +131,18 @@ impl Isa {
             Err(IsaError::Unavailable { isa })
         }
     }
+}
+
+/// VNNI in 256-bit registers with the encoding of AVX.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx_vnni() -> bool {
+    std::arch::is_x86_feature_detected!("avxvnni")
+}
+
+/// VNNI in 256-bit registers with the encoding of AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn has_avx512_vnni() -> bool {
+    std::arch::is_x86_feature_detected!("avx512vl") && std::arch::is_x86_feature_detected!("avx512vnni")
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ pub fn vectorize<R>(body: impl FnOnce() -> R) -> R {
         Isa::Avx512 => unsafe { avx512(body) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { avx2(body) },
+        Isa::Avx2 | Isa::Vnni => unsafe { avx2(body) },
         // What an AArch64 or another target always has is in use anyway.
         _ => body(),
     }

@@ -274,7 +274,7 @@ fn dot_kernel(isa: Isa, heads: usize) -> Dot {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_heads!(super::x86::dot_avx512, heads),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => for_heads!(super::x86::dot_avx2, heads),
+        Isa::Avx2 | Isa::Vnni => for_heads!(super::x86::dot_avx2, heads),
         _ => for_heads!(dot_portable, heads),
     }
 }
@@ -285,7 +285,7 @@ fn add_kernel(isa: Isa, heads: usize) -> Add {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_heads!(super::x86::add_avx512, heads),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => for_heads!(super::x86::add_avx2, heads),
+        Isa::Avx2 | Isa::Vnni => for_heads!(super::x86::add_avx2, heads),
         _ => for_heads!(add_portable, heads),
     }
 }

@@ -47,6 +47,11 @@ pub(super) type MultiplyOf<const TOKENS: usize> =
 /// What stands against each other in a group: codes and scales of tokens, weights and scales of four rows.
 pub(super) struct Pair<'a, const TOKENS: usize> {
     pub(super) codes: &'a [Codes; TOKENS],
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "for unsigned weights")
+    )]
+    pub(super) corrections: &'a [i32; TOKENS],
     pub(super) token_scales: &'a [f32; TOKENS],
     pub(super) weights: &'a [u8; TILE_WEIGHTS],
     pub(super) scales: &'a [f32; TILE_ROWS],
@@ -59,11 +64,14 @@ pub(super) fn pairs<'a, const TOKENS: usize>(
     (tile, from): (usize, usize),
     x: &TokenBlock<'a>,
 ) -> impl Iterator<Item = Pair<'a, TOKENS>> {
+    let corrections = x.corrections.chunks_exact(x.tokens);
     x.groups()
+        .zip(corrections)
         .zip(panel)
-        .filter_map(move |((codes, scales), decoded)| {
+        .filter_map(move |(((codes, scales), corrections), decoded)| {
             Some(Pair {
                 codes: codes[from..].first_chunk()?,
+                corrections: corrections[from..].first_chunk()?,
                 token_scales: scales[from..].first_chunk()?,
                 weights: &decoded.weights[tile],
                 scales: &decoded.scales[tile],

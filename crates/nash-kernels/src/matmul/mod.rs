@@ -56,6 +56,8 @@ use crate::pool::{self, Pool};
 const TOKEN_CHUNK: usize = 256;
 /// Groups decoded at a time: 17 KiB with their scales, half of a first-level cache.
 const PANEL: usize = 16;
+/// Tokens from which on the products with a panel leave time to ask for the next one: with fewer the requests only wait for each other.
+const AHEAD_TOKENS: usize = 32;
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
 /// Tiles of a strip: rows that are decoded together.
@@ -312,7 +314,11 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::KERNEL,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::KERNEL,
+            Isa::Vnni if crate::isa::has_avx_vnni() => avx2::avx_vnni::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Vnni => avx2::avx512_vnni::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::plain::KERNEL,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::KERNEL,
             _ => portable::KERNEL,
@@ -370,20 +376,16 @@ unsafe fn many_of(
             unsafe { (kernel.decode)(job, strip, range.clone(), panel) }
         }
         let blocks = tokens.clone().step_by(TOKEN_BLOCK);
-        let next = if range.end < groups {
-            (tiles.clone(), range.end..groups.min(range.end + PANEL))
-        } else {
-            (
-                tiles.end..end.min(tiles.end + tiles.len()),
-                0..in_panel.min(groups),
-            )
-        };
-        let mut ahead = Ahead::new(job, next, blocks.len() * strips().len());
+        let steps = blocks.len() * strips().len();
+        let ahead = || Ahead::after(job, (&tiles, &range), end, steps);
+        let mut ahead = (tokens.len() >= AHEAD_TOKENS).then(ahead);
         for (token, totals) in blocks.zip(totals[..tokens.len()].chunks_mut(TOKEN_BLOCK)) {
             let block = job.x.block(token, range.clone());
             let row_scales = row_scales.as_flattened().as_chunks().0;
             for ((strip, panel), row_scales) in strips().zip(panel.chunks(in_panel)).zip(row_scales) {
-                ahead.fetch_some();
+                if let Some(ahead) = &mut ahead {
+                    ahead.fetch_some();
+                }
                 let step = Step {
                     job,
                     strip,
@@ -413,8 +415,19 @@ struct Ahead<'a> {
 }
 
 impl<'a> Ahead<'a> {
-    /// Records of some groups of some tiles, in so many steps.
-    fn new(job: &'a Job<'a>, (tiles, groups): (Range<usize>, Range<usize>), steps: usize) -> Self {
+    /// What follows the given groups of the given tiles in a task that goes on to tile `end`, in so many steps.
+    fn after(
+        job: &'a Job<'a>,
+        (tiles, groups): (&Range<usize>, &Range<usize>),
+        end: usize,
+        steps: usize,
+    ) -> Self {
+        let all = job.w.shape().groups();
+        let (tiles, groups) = if groups.end < all {
+            (tiles.clone(), groups.end..all.min(groups.end + PANEL))
+        } else {
+            (tiles.end..end.min(tiles.end + tiles.len()), 0..all.min(PANEL))
+        };
         let record = job.w.shape().record_bytes();
         let bytes = groups.start * record..groups.end * record;
         let lines = tiles.len() * bytes.len().div_ceil(LINE);
@@ -441,11 +454,11 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// Asks for the line of the cache at the begin of the bytes, to be used after a while. A hint.
+/// Asks for the line of the second-level cache at the begin of the bytes, to be used after a while. A hint.
 #[inline]
 fn prefetch_soon(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint, which never faults.
+    // SAFETY: every x86-64 CPU has the instruction; it never faults and changes nothing that a program could see.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast());
