@@ -70,7 +70,7 @@ fn routing_has_its_fields() {
         "1",
     ]);
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 10);
+    assert_eq!(rows.len(), 12);
     for row in rows {
         assert_eq!(
             (row["experts"].as_u64(), row["top_k"].as_u64()),

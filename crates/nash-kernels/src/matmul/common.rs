@@ -49,7 +49,7 @@ pub(super) struct Pair<'a, const TOKENS: usize> {
     pub(super) codes: &'a [Codes; TOKENS],
     #[cfg_attr(
         not(target_arch = "x86_64"),
-        expect(dead_code, reason = "for unsigned weights")
+        allow(dead_code, reason = "for unsigned weights")
     )]
     pub(super) corrections: &'a [i32; TOKENS],
     pub(super) token_scales: &'a [f32; TOKENS],

@@ -131,6 +131,7 @@ fn multiply_of<const TOKENS: usize>(
         token_scales,
         weights,
         scales,
+        ..
     } in pairs::<TOKENS>(panel, (tile, from), x)
     {
         let mut sums = [[vdupq_n_s32(0); TILE_ROWS]; TOKENS];
