@@ -66,7 +66,9 @@ fn prices_balance_and_best_responses_settle() {
     assert!(flock.shared_with_neighbours.unwrap() > alone.shared_with_neighbours.unwrap());
     assert!(rows.iter().all(|row| row.nanoseconds_per_token > 0.0));
     for storage in ["f32", "packed at 8 bits", "packed at 4 bits"] {
-        let share = row(&format!("whole mixture layer, {storage}")).routing_share.unwrap();
+        let share = row(&format!("whole mixture layer, {storage}"))
+            .routing_share
+            .unwrap();
         assert!(share > 0.0 && share < 1.0, "{share}");
         row(&format!("dense layer, as many active parameters, {storage}"));
     }
