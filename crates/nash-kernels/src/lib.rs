@@ -6,7 +6,7 @@
 //!
 //! * [`pack`], [`unpack`], [`dequantize_row`]: between codes and the packed stream;
 //! * [`Activations`]: inputs `x [T, n]` as int8 with a scale per token and group;
-//! * [`matmul`]: `y [T, m] = x Wᵀ`, **bit-identical for every thread count and every [`Isa`]** (AVX-512, AVX2, NEON, plain Rust);
+//! * [`matmul`]: `y [T, m] = x Wᵀ`, **bit-identical for every thread count and every [`Isa`]** (AVX-512, AVX2 without and with VNNI, NEON, plain Rust);
 //! * [`matmul_each`]: several of them as one piece of work;
 //! * [`dot_rows`], [`add_rows`]: one token's attention over keys and values in half precision;
 //! * [`ByteShape`], [`ByteQuery`]: the same over keys and values in bytes;

@@ -261,21 +261,21 @@ impl Bench<'_> {
         let (k, experts) = (self.shape.top_k, self.shape.experts);
         let mixture = |storage| MixtureLayer::random(self.shape, hidden, storage, self.options.seed);
         let dense = |storage| DenseLayer::random(self.shape.width, k * hidden, storage, self.options.seed);
-        let mut at = PriceState::new(self.shape, self.options)?;
         let mut y = vec![0.0; self.batches[0].states.len()];
+        // One seed, one router: scores and prices are those of all mixtures. Prices of the first batch, the layers are timed on the others.
+        let router = mixture(Storage::Float)?;
+        let scores = self.batches.iter().map(|batch| router.scores(&batch.states));
+        let scores: Vec<Vec<f32>> = scores.collect();
+        let mut at = PriceState::new(self.shape, self.options)?;
+        at.balance(Scores::new(&scores[0], experts)?, Prices::Cold)?;
+        let routing = self.median_seconds(|batch| {
+            let scores = Scores::new(&scores[1 + batch], experts)?;
+            Ok(at.router.select(scores, &at.prices, &mut at.choices)?)
+        })?;
         let mut rows = Vec::new();
         for (storage, name) in storages() {
             let mut layer = mixture(storage)?;
-            // Prices of the first batch, the layers are timed on the others.
-            let scores = layer.scores(&self.batches[0].states);
-            at.balance(Scores::new(&scores, experts)?, Prices::Cold)?;
             layer.prices().copy_from_slice(&at.prices);
-            let scores = self.batches[1..].iter().map(|batch| layer.scores(&batch.states));
-            let scores: Vec<Vec<f32>> = scores.collect();
-            let routing = self.median_seconds(|batch| {
-                let scores = Scores::new(&scores[batch], experts)?;
-                Ok(at.router.select(scores, &at.prices, &mut at.choices)?)
-            })?;
             let all =
                 self.median_seconds(|batch| Ok(layer.forward(&self.batches[1 + batch].states, &mut y)?))?;
             rows.push(RoutingRow {

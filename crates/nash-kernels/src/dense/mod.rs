@@ -93,22 +93,16 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], tokens: usize, rows: usize
         MatRef::row_major(x, tokens, cols),
         MatRef::row_major(w, rows, cols),
     );
-    if tokens == 1 {
-        assert_eq!(y.len(), rows, "outputs [1, {rows}]");
-        let per_task = (ROW_PRODUCTS / cols.max(1)).max(1);
-        pool::for_each_chunk(y, per_task, |task, y| {
-            for (r, y) in y.iter_mut().enumerate() {
-                *y = dot(x.data, &w.data[(task * per_task + r) * cols..][..cols]);
-            }
-        });
-    } else if (1..=FEW_ROWS).contains(&rows) && cols > 0 {
-        assert_eq!(y.len(), tokens * rows, "outputs [{tokens}, {rows}]");
-        let per_task = (ROW_PRODUCTS / (rows * cols)).max(1);
-        pool::for_each_chunk(y, per_task * rows, |task, y| {
-            let x = x.data[task * per_task * cols..].chunks_exact(cols);
-            for (y, x) in y.chunks_exact_mut(rows).zip(x) {
-                let w = w.data.chunks_exact(cols);
-                y.iter_mut().zip(w).for_each(|(y, w)| *y = dot(x, w));
+    assert_eq!(y.len(), tokens * rows, "outputs [{tokens}, {rows}]");
+    // The outputs of one token are those of its matrix as tokens and its input as the only row.
+    let (many, few) = if tokens == 1 { (w, x) } else { (x, w) };
+    if (1..=FEW_ROWS).contains(&few.rows) && cols > 0 {
+        let per_task = (ROW_PRODUCTS / (few.rows * cols)).max(1);
+        pool::for_each_chunk(y, per_task * few.rows, |task, y| {
+            let many = many.data[task * per_task * cols..].chunks_exact(cols);
+            for (y, many) in y.chunks_exact_mut(few.rows).zip(many) {
+                let few = few.data.chunks_exact(cols);
+                y.iter_mut().zip(few).for_each(|(y, few)| *y = dot(many, few));
             }
         });
     } else {
@@ -119,7 +113,7 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], tokens: usize, rows: usize
 /// Rows of a weight up to which dot products are faster than bringing its inputs into another order: routers of few experts.
 const FEW_ROWS: usize = 8;
 
-/// Multiplications in one task of a matrix-vector product.
+/// Multiplications in one task of dot products.
 const ROW_PRODUCTS: usize = 16 << 10;
 
 /// `h [n, n] += xᵀ · x` for `x [tokens, n]`. `h` must be symmetric and stays so: only blocks on and above the

@@ -45,7 +45,7 @@ macro_rules! kernels {
 
             pub(in super::super) const KERNEL: Kernel = Kernel {
                 one,
-                decode,
+                decode: decode::<UNSIGNED>,
                 multiply,
             };
 
@@ -60,19 +60,6 @@ macro_rules! kernels {
                         for_width!(one_of<true>, job, tiles)
                     } else {
                         for_width!(one_of<false>, job, tiles)
-                    }
-                }
-            }
-
-            /// # Safety
-            /// The CPU has the features.
-            unsafe fn decode(job: &Job<'_>, strip: Range<usize>, groups: Range<usize>, panel: &mut [Decoded]) {
-                // SAFETY: passed on.
-                unsafe {
-                    if repeats(&job.table) {
-                        for_width!(decode_of<true>, job, strip, groups, panel)
-                    } else {
-                        for_width!(decode_of<false>, job, strip, groups, panel)
                     }
                 }
             }
@@ -106,30 +93,6 @@ macro_rules! kernels {
                     unsafe {
                         _mm_storeu_ps(totals.as_mut_ptr(), total);
                         job.store(tile * TILE_ROWS, 0, &job.w.tile_row_scales(tile), &totals);
-                    }
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            fn decode_of<const BITS: usize, const REPEATS: bool>(
-                job: &Job<'_>,
-                strip: Range<usize>,
-                groups: Range<usize>,
-                panel: &mut [Decoded],
-            ) {
-                let decoder = Decoder::<BITS, REPEATS, UNSIGNED>::new(&job.table);
-                let bytes = record_bytes(BITS);
-                for (i, tile) in strip.enumerate() {
-                    let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
-                    for (record, decoded) in records.chunks_exact(bytes).zip(panel.iter_mut()) {
-                        prefetch(record);
-                        let weights = decoded.weights[i].as_chunks_mut::<{ 2 * BLOCK }>().0;
-                        for_parts!(PART => {
-                            // SAFETY: 32 bytes are written to an array of 32 bytes.
-                            unsafe { _mm256_storeu_si256(weights[PART].as_mut_ptr().cast(), decoder.part::<PART>(record)) }
-                        });
-                        // SAFETY: 16 bytes are written to an array of four floats.
-                        unsafe { _mm_storeu_ps(decoded.scales[i].as_mut_ptr(), scales::<BITS>(record)) }
                     }
                 }
             }
@@ -192,6 +155,48 @@ macro_rules! kernels {
 kernels!(plain, "avx2", Pairs);
 kernels!(avx_vnni, "avx2,avxvnni", AvxVnni);
 kernels!(avx512_vnni, "avx2,avx512f,avx512vl,avx512vnni", Avx512Vnni);
+
+/// # Safety
+/// The CPU has AVX2.
+unsafe fn decode<const UNSIGNED: bool>(
+    job: &Job<'_>,
+    strip: Range<usize>,
+    groups: Range<usize>,
+    panel: &mut [Decoded],
+) {
+    // SAFETY: passed on.
+    unsafe {
+        if repeats(&job.table) {
+            for_width!(decode_of<true, UNSIGNED>, job, strip, groups, panel)
+        } else {
+            for_width!(decode_of<false, UNSIGNED>, job, strip, groups, panel)
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+fn decode_of<const BITS: usize, const REPEATS: bool, const UNSIGNED: bool>(
+    job: &Job<'_>,
+    strip: Range<usize>,
+    groups: Range<usize>,
+    panel: &mut [Decoded],
+) {
+    let decoder = Decoder::<BITS, REPEATS, UNSIGNED>::new(&job.table);
+    let bytes = record_bytes(BITS);
+    for (i, tile) in strip.enumerate() {
+        let records = &job.records(tile)[groups.start * bytes..groups.end * bytes];
+        for (record, decoded) in records.chunks_exact(bytes).zip(panel.iter_mut()) {
+            prefetch(record);
+            let weights = decoded.weights[i].as_chunks_mut::<{ 2 * BLOCK }>().0;
+            for_parts!(PART => {
+                // SAFETY: 32 bytes are written to an array of 32 bytes.
+                unsafe { _mm256_storeu_si256(weights[PART].as_mut_ptr().cast(), decoder.part::<PART>(record)) }
+            });
+            // SAFETY: 16 bytes are written to an array of four floats.
+            unsafe { _mm_storeu_ps(decoded.scales[i].as_mut_ptr(), scales::<BITS>(record)) }
+        }
+    }
+}
 
 /// How products of weights and activations are added up in fours.
 trait Products {

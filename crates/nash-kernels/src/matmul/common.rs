@@ -4,16 +4,16 @@ use super::{Decoded, ROWS, Step};
 use crate::activations::{Codes, TokenBlock};
 use crate::layout::{CHAIN, RUN, TILE_ROWS, TILE_WEIGHTS};
 
-/// Calls `$function::<bits>` or `$function::<bits, flag>` for the width of the job.
+/// Calls `$function::<bits>` or `$function::<bits, flags…>` for the width of the job.
 macro_rules! for_width {
-    ($function:ident $(<$flag:literal>)?, $job:expr $(, $argument:expr)*) => {
+    ($function:ident $(<$($flag:tt),+>)?, $job:expr $(, $argument:expr)*) => {
         match $job.w.shape().width.bits() {
-            2 => $function::<2 $(, $flag)?>($job $(, $argument)*),
-            3 => $function::<3 $(, $flag)?>($job $(, $argument)*),
-            4 => $function::<4 $(, $flag)?>($job $(, $argument)*),
-            5 => $function::<5 $(, $flag)?>($job $(, $argument)*),
-            6 => $function::<6 $(, $flag)?>($job $(, $argument)*),
-            _ => $function::<8 $(, $flag)?>($job $(, $argument)*),
+            2 => $function::<2 $(, $($flag),+)?>($job $(, $argument)*),
+            3 => $function::<3 $(, $($flag),+)?>($job $(, $argument)*),
+            4 => $function::<4 $(, $($flag),+)?>($job $(, $argument)*),
+            5 => $function::<5 $(, $($flag),+)?>($job $(, $argument)*),
+            6 => $function::<6 $(, $($flag),+)?>($job $(, $argument)*),
+            _ => $function::<8 $(, $($flag),+)?>($job $(, $argument)*),
         }
     };
 }
