@@ -80,6 +80,26 @@ impl Region {
         })
     }
 
+    /// Lets the system take back the memory behind these bytes, where they are part of a mapped file; they are read from the file when they are needed
+    /// again. A process that reads a large file once, part by part, stays small so.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Backing::Map(map) = &*self.backing {
+            #[expect(unsafe_code, reason = "the advice is unsafe for other kinds of maps")]
+            // SAFETY: `MADV_DONTNEED` drops what was written to a private map. This one is read-only, so every page that is dropped has the
+            // content of the file, and comes back from there when it is read.
+            let advised = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    self.range.start,
+                    self.range.len(),
+                )
+            };
+            // An advice that is not taken costs memory, nothing else.
+            drop(advised);
+        }
+    }
+
     /// Whether the bytes lie in a mapped file (and not in memory of their own).
     pub fn is_mapped(&self) -> bool {
         matches!(*self.backing, Backing::Map(_))

@@ -39,20 +39,18 @@ pub fn certify_rounding(
     problem.check(grid, codes)?;
     let (n, groups) = (problem.cols, Grid::groups(problem.cols));
     let book: Vec<f64> = grid.codebook.iter().map(|&v| f64::from(v)).collect();
-    let rows: Vec<RowCheck> = (0..problem.rows())
-        .into_par_iter()
-        .step_by(stride.max(1))
-        .map(|r| {
-            let row = Row {
-                weights: &problem.weights[r * n..][..n],
-                codes: &codes[r * n..][..n],
-                scale_codes: &grid.scale_codes[r * groups..][..groups],
-                unit: f64::from(f16::to_f32(grid.row_scales[r])) / 16384.0,
-                bits: grid.width.bits(),
-                book: &book,
-            };
-            row.check(problem.hessian)
-        })
+    let row = |r: usize| Row {
+        weights: &problem.weights[r * n..][..n],
+        codes: &codes[r * n..][..n],
+        scale_codes: &grid.scale_codes[r * groups..][..groups],
+        unit: f64::from(f16::to_f32(grid.row_scales[r])) / 16384.0,
+        bits: grid.width.bits(),
+        book: &book,
+    };
+    let chosen: Vec<Row<'_>> = (0..problem.rows()).step_by(stride.max(1)).map(row).collect();
+    let checks = chosen.par_chunks(TOGETHER);
+    let rows: Vec<RowCheck> = checks
+        .flat_map_iter(|rows| check(rows, problem.hessian))
         .collect();
     let mut total = RoundingCertificate::default();
     let mut energy = 0.0;
@@ -130,28 +128,22 @@ impl Row<'_> {
         }
     }
 
-    fn check(&self, hessian: &[f32]) -> RowCheck {
-        let n = self.weights.len();
-        let step = |c: usize| self.unit * f64::from(self.scale_codes[c / GROUP]);
-        let levels = self.levels();
-        let delta: Vec<f64> = (0..n)
-            .map(|c| step(c) * levels[c] - f64::from(self.weights[c]))
-            .collect();
+    /// The weights, and Δ for their `levels`.
+    fn weights_and_delta(&self, levels: &[f64]) -> [Vec<f64>; 2] {
         let weights: Vec<f64> = self.weights.iter().map(|&w| f64::from(w)).collect();
-        let residual = times_hessian(&delta, hessian);
-        let weighted = times_hessian(&weights, hessian);
-        let energy = weights.iter().zip(weighted).map(|(w, hw)| w * hw).sum();
-        let potential = delta.iter().zip(&residual).map(|(d, r)| d * r).sum();
-        let mut check = RowCheck {
-            potential,
-            energy,
-            max_gain: 0.0,
-            unsettled: 0,
-        };
+        let step = |c: usize| self.unit * f64::from(self.scale_codes[c / GROUP]);
+        let delta = weights.iter().zip(levels).enumerate();
+        let delta = delta.map(|(c, (w, level))| step(c) * level - w).collect();
+        [weights, delta]
+    }
+
+    /// What the players of the row could gain at the residual `R = Δ H`.
+    fn count_gains(&self, levels: &[f64], residual: &[f64], hessian: &[f32], check: &mut RowCheck) {
+        let n = self.weights.len();
         let h = |i: usize, j: usize| f64::from(hessian[i * n + j]);
         for c in 0..n {
             let mut deviations = Vec::with_capacity(1 << self.bits);
-            self.deviations(c, &levels, |d| {
+            self.deviations(c, levels, |d| {
                 let pull = |i: usize| d.iter().map(|&(j, dj)| h(i, j) * dj).sum::<f64>();
                 let change: f64 = d.iter().map(|&(i, di)| di * (2.0 * residual[i] + pull(i))).sum();
                 deviations.push((d.iter().map(|&(i, di)| h(i, i) * di * di).sum(), -change));
@@ -179,8 +171,30 @@ impl Row<'_> {
                 (curvature * d * d, -d * (slope + d * curvature))
             }));
         }
-        check
     }
+}
+
+/// Rows that read the Hessian together: of a wide layer it fits no cache.
+const TOGETHER: usize = 4;
+
+/// Checks a few rows.
+fn check(rows: &[Row<'_>], hessian: &[f32]) -> Vec<RowCheck> {
+    let levels: Vec<Vec<f64>> = rows.iter().map(Row::levels).collect();
+    let pairs = rows.iter().zip(&levels);
+    let vectors: Vec<Vec<f64>> = pairs.flat_map(|(row, l)| row.weights_and_delta(l)).collect();
+    let products = times_hessian(&vectors, hessian);
+    let inner = |i: usize| -> f64 { vectors[i].iter().zip(&products[i]).map(|(v, hv)| v * hv).sum() };
+    let checks = rows.iter().zip(&levels).enumerate().map(|(i, (row, levels))| {
+        let mut check = RowCheck {
+            potential: inner(2 * i + 1),
+            energy: inner(2 * i),
+            max_gain: 0.0,
+            unsettled: 0,
+        };
+        row.count_gains(levels, &products[2 * i + 1], hessian, &mut check);
+        check
+    });
+    checks.collect()
 }
 
 /// Column in its group of code `s` of a half: halves take eight columns in turns.
@@ -239,13 +253,22 @@ impl Bits {
 }
 
 /// `v H` in `f64`.
-fn times_hessian(v: &[f64], hessian: &[f32]) -> Vec<f64> {
-    let mut out = vec![0.0f64; v.len()];
+fn times_hessian(vectors: &[Vec<f64>], hessian: &[f32]) -> Vec<Vec<f64>> {
+    /// Columns whose sums stay in the first-level cache.
+    const TILE: usize = 256;
+    let n = vectors.first().map_or(0, Vec::len);
+    let mut out = vec![vec![0.0f64; n]; vectors.len()];
     pulp::Arch::new().dispatch(|| {
-        for (v, h) in v.iter().zip(hessian.chunks(v.len())) {
-            out.iter_mut()
-                .zip(h)
-                .for_each(|(out, &h)| *out += v * f64::from(h));
+        for tile in (0..n).step_by(TILE) {
+            let tile = tile..n.min(tile + TILE);
+            for (k, h) in hessian.chunks(n).enumerate() {
+                let h = &h[tile.clone()];
+                for (v, out) in vectors.iter().zip(&mut out) {
+                    let v = v[k];
+                    let sums = out[tile.clone()].iter_mut().zip(h);
+                    sums.for_each(|(out, &h)| *out += v * f64::from(h));
+                }
+            }
         }
     });
     out

@@ -2,80 +2,227 @@
 //! eq. 5; the same correction as GPTAQ, Li et al. 2025).
 //!
 //! A linear that reads `x̂` from the compressed prefix, where the source read `x`, should give what the source gave: `Ŵ x̂ ≈ W x`. With
-//! `Ĥ = E[x̂ x̂ᵀ]` (damped) and the drift `C = E[(x − x̂) x̂ᵀ]` that is the same as rounding the target `W + α W C Ĥ⁻¹` under `Ĥ`, α = 1. On little
+//! `Ĥ = E[x̂ x̂ᵀ] + Λ` (damped) and the drift `C = E[(x − x̂) x̂ᵀ]` that is the same as rounding the target `W + α W C Ĥ⁻¹` under `Ĥ`, α = 1. On little
 //! calibration text a smaller α is better: what the drift of one text asks for is partly noise.
+//!
+//! With fewer tokens T than inputs n nothing of `[n, n]` is needed. Let `X̂ [T, n]` hold the inputs and `D` their drift, token by token: then `C Ĥ⁻¹ =
+//! Dᵀ K⁻¹ X̂ Λ⁻¹ / T` with `K = 1 + X̂ Λ⁻¹ X̂ᵀ / T`, `[T, T]` (the push-through identity).
 
 use faer::Side;
-use faer::linalg::solvers::Solve as _;
-use nash_kernels::dense::{MatMut, MatRef, gemm};
+use faer::linalg::solvers::{Llt, Solve as _};
+use nash_kernels::dense::{self, MatMut, MatRef, gemm};
 
 use crate::error::{GameError, check_finite, check_len};
 
-/// `W + α W C Ĥ⁻¹`, `[m, n]`, of `weights [m, n]`, `drift C [n, n]` and `hessian Ĥ [n, n]` (damped).
-///
-/// # Errors
-/// If the lengths do not agree, the Hessian is not positive definite or the result is not finite.
-pub fn shifted_targets(
-    weights: &[f32],
-    drift: &[f32],
-    hessian: &[f32],
+/// What the linears of one site read in the compressed model, and how far that is from what they read in the source.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// `x̂ [T, n]`, from the compressed prefix.
+    pub compressed: &'a [f32],
+    /// `x [T, n]`, from the source.
+    pub source: &'a [f32],
+    /// `Ĥ = E[x̂ x̂ᵀ] + Λ`, `[n, n]`.
+    pub hessian: &'a [f32],
+    /// The diagonal of `Λ [n]`, positive.
+    pub damping: &'a [f32],
+}
+
+/// `C Ĥ⁻¹`, ready to be multiplied by the weights of the linears of a site.
+pub struct Correction {
     n: usize,
-    strength: f32,
-) -> Result<Vec<f32>, GameError> {
-    check_len("drift", n * n, drift.len())?;
-    check_len("Hessian", n * n, hessian.len())?;
-    let m = weights.len() / n.max(1);
-    check_len("weights", m * n, weights.len())?;
-    let mut shift = vec![0.0f32; m * n];
-    let w = MatRef::row_major(weights, m, n);
-    let c = MatRef::row_major(drift, n, n);
-    gemm(strength, w, c, 0.0, MatMut::row_major(&mut shift, m, n));
-    let factor = faer::MatRef::from_row_major_slice(hessian, n, n)
+    factors: Factors,
+}
+
+/// Whichever is smaller.
+enum Factors {
+    Inputs {
+        /// `C [n, n]`.
+        drift: Vec<f32>,
+        /// Of `Ĥ`.
+        cholesky: Llt<f32>,
+    },
+    Tokens {
+        /// `D / √T [T, n]`.
+        drift: Vec<f32>,
+        /// `X̂ Λ^(−1/2) / √T [T, n]`.
+        whitened: Vec<f32>,
+        /// `Λ^(−1/2)`.
+        whitening: Vec<f32>,
+        /// Of `K`.
+        cholesky: Llt<f32>,
+    },
+}
+
+impl Correction {
+    /// Of the inputs of a site.
+    ///
+    /// # Errors
+    /// If the lengths do not agree or `Ĥ` is not positive definite.
+    pub fn new(inputs: Inputs<'_>) -> Result<Self, GameError> {
+        let Inputs {
+            compressed,
+            source,
+            hessian,
+            damping,
+        } = inputs;
+        let n = damping.len();
+        let tokens = compressed.len() / n.max(1);
+        check_len("inputs", tokens * n, compressed.len())?;
+        check_len("inputs of the source", tokens * n, source.len())?;
+        check_len("Hessian", n * n, hessian.len())?;
+        let share = 1.0 / tokens.max(1) as f32;
+        let differences = source.iter().zip(compressed);
+        let factors = if n <= tokens {
+            let difference: Vec<f32> = differences.map(|(x, other)| x - other).collect();
+            let mut drift = vec![0.0; n * n];
+            gemm(
+                share,
+                MatRef::row_major(&difference, tokens, n).t(),
+                MatRef::row_major(compressed, tokens, n),
+                0.0,
+                MatMut::row_major(&mut drift, n, n),
+            );
+            let cholesky = factor(hessian, n)?;
+            Factors::Inputs { drift, cholesky }
+        } else {
+            let root = share.sqrt();
+            let whitening: Vec<f32> = damping.iter().map(|d| d.sqrt().recip()).collect();
+            let mut whitened = compressed.to_vec();
+            for row in whitened.chunks_mut(n) {
+                row.iter_mut().zip(&whitening).for_each(|(x, w)| *x *= w * root);
+            }
+            let mut kernel = vec![0.0; tokens * tokens];
+            (0..tokens).for_each(|t| kernel[t * tokens + t] = 1.0);
+            dense::gram(
+                MatRef::row_major(&whitened, tokens, n).t(),
+                MatMut::row_major(&mut kernel, tokens, tokens),
+            );
+            Factors::Tokens {
+                drift: differences.map(|(x, other)| (x - other) * root).collect(),
+                cholesky: factor(&kernel, tokens)?,
+                whitened,
+                whitening,
+            }
+        };
+        Ok(Self { n, factors })
+    }
+
+    /// `W + α W C Ĥ⁻¹` of `weights W [m, n]` and α = `strength`.
+    ///
+    /// # Errors
+    /// If the lengths do not agree or the result is not finite.
+    pub fn target(&self, weights: &[f32], strength: f32) -> Result<Vec<f32>, GameError> {
+        let n = self.n;
+        let m = weights.len() / n.max(1);
+        check_len("weights", m * n, weights.len())?;
+        let w = MatRef::row_major(weights, m, n);
+        let mut target = match &self.factors {
+            Factors::Inputs { drift, cholesky } => {
+                let mut shift = vec![0.0f32; m * n];
+                let c = MatRef::row_major(drift, n, n);
+                gemm(strength, w, c, 0.0, MatMut::row_major(&mut shift, m, n));
+                cholesky.rsolve_in_place(faer::MatMut::from_row_major_slice_mut(&mut shift, m, n));
+                shift
+            }
+            Factors::Tokens {
+                drift,
+                whitened,
+                whitening,
+                cholesky,
+            } => {
+                let tokens = drift.len() / n.max(1);
+                let mut errors = vec![0.0f32; m * tokens];
+                let d = MatRef::row_major(drift, tokens, n).t();
+                gemm(strength, w, d, 0.0, MatMut::row_major(&mut errors, m, tokens));
+                cholesky.rsolve_in_place(faer::MatMut::from_row_major_slice_mut(&mut errors, m, tokens));
+                let mut shift = vec![0.0f32; m * n];
+                gemm(
+                    1.0,
+                    MatRef::row_major(&errors, m, tokens),
+                    MatRef::row_major(whitened, tokens, n),
+                    0.0,
+                    MatMut::row_major(&mut shift, m, n),
+                );
+                for row in shift.chunks_mut(n) {
+                    row.iter_mut().zip(whitening).for_each(|(s, w)| *s *= w);
+                }
+                shift
+            }
+        };
+        target.iter_mut().zip(weights).for_each(|(s, w)| *s += w);
+        check_finite("shifted targets", &target)?;
+        Ok(target)
+    }
+}
+
+fn factor(matrix: &[f32], size: usize) -> Result<Llt<f32>, GameError> {
+    faer::MatRef::from_row_major_slice(matrix, size, size)
         .llt(Side::Lower)
-        .map_err(|_| GameError::NotPositiveDefinite { size: n })?;
-    factor.rsolve_in_place(faer::MatMut::from_row_major_slice_mut(&mut shift, m, n));
-    shift.iter_mut().zip(weights).for_each(|(s, w)| *s += w);
-    check_finite("shifted targets", &shift)?;
-    Ok(shift)
+        .map_err(|_| GameError::NotPositiveDefinite { size })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The target is the least-squares solution: the gradient of `E|W x − W' x̂|² + λ|W' − W|²` vanishes there.
+    /// The target is the least-squares solution: the gradient of `E|W x − W' x̂|² + |(W' − W) Λ^½|²` vanishes there. With more tokens than inputs, and
+    /// with fewer.
     #[test]
     fn the_target_is_the_regression_on_the_drifted_inputs() {
-        let (m, n, tokens, damping) = (3, 5, 40, 0.05);
+        let (m, n) = (3, 5);
         let noise = |i: usize, j: usize, k: usize| ((i * 31 + j * 17 + k * 7) as f32 * 0.73).sin();
-        let x = |t: usize, i: usize| noise(t, i, 1);
-        let drifted = |t: usize, i: usize| noise(t, i, 1) + 0.2 * noise(t, i, 2);
         let weights: Vec<f32> = (0..m * n).map(|k| noise(k, 3, 3)).collect();
-        let (mut h, mut c) = (vec![0.0; n * n], vec![0.0; n * n]);
-        for i in 0..n {
-            for j in 0..n {
-                for t in 0..tokens {
-                    h[i * n + j] += drifted(t, i) * drifted(t, j) / tokens as f32;
-                    c[i * n + j] += (x(t, i) - drifted(t, i)) * drifted(t, j) / tokens as f32;
+        let damping: Vec<f32> = (0..n).map(|i| 0.05 + 0.02 * i as f32).collect();
+        for tokens in [40, 5, 3, 1] {
+            let x: Vec<f32> = (0..tokens * n).map(|i| noise(i / n, i % n, 1)).collect();
+            let compressed: Vec<f32> = (0..tokens * n)
+                .map(|i| x[i] + 0.2 * noise(i / n, i % n, 2))
+                .collect();
+            let mut hessian = vec![0.0; n * n];
+            for i in 0..n {
+                for j in 0..n {
+                    let products = compressed.chunks(n).map(|x| x[i] * x[j]);
+                    hessian[i * n + j] = products.sum::<f32>() / tokens as f32;
+                }
+                hessian[i * n + i] += damping[i];
+            }
+            let inputs = Inputs {
+                compressed: &compressed,
+                source: &x,
+                hessian: &hessian,
+                damping: &damping,
+            };
+            let correction = Correction::new(inputs).unwrap();
+            let target = correction.target(&weights, 1.0).unwrap();
+            for (r, (target, weights)) in target.chunks(n).zip(weights.chunks(n)).enumerate() {
+                for j in 0..n {
+                    let mut gradient = damping[j] * (target[j] - weights[j]);
+                    for (x, other) in x.chunks(n).zip(compressed.chunks(n)) {
+                        let errors = (0..n).map(|i| target[i] * other[i] - weights[i] * x[i]);
+                        gradient += errors.sum::<f32>() * other[j] / tokens as f32;
+                    }
+                    assert!(
+                        gradient.abs() < 1e-5,
+                        "{tokens} tokens, row {r}, column {j}: {gradient}"
+                    );
                 }
             }
-            h[i * n + i] += damping;
+            assert_eq!(correction.target(&weights, 0.0).unwrap(), weights);
+            assert!(correction.target(&weights[1..], 1.0).is_err());
+            assert!(
+                Correction::new(Inputs {
+                    source: &x[1..],
+                    ..inputs
+                })
+                .is_err()
+            );
         }
-        let target = shifted_targets(&weights, &c, &h, n, 1.0).unwrap();
-        for r in 0..m {
-            for j in 0..n {
-                let mut gradient = damping * (target[r * n + j] - weights[r * n + j]);
-                for t in 0..tokens {
-                    let error: f32 = (0..n)
-                        .map(|i| target[r * n + i] * drifted(t, i) - weights[r * n + i] * x(t, i))
-                        .sum();
-                    gradient += error * drifted(t, j) / tokens as f32;
-                }
-                assert!(gradient.abs() < 1e-4, "row {r}, column {j}: {gradient}");
-            }
-        }
-        assert_eq!(shifted_targets(&weights, &c, &h, n, 0.0).unwrap(), weights);
-        assert!(shifted_targets(&weights, &c[1..], &h, n, 1.0).is_err());
-        assert!(shifted_targets(&weights, &c, &vec![0.0; n * n], n, 1.0).is_err());
+        let indefinite = Inputs {
+            compressed: &[1.0, 1.0, 1.0, 1.0],
+            source: &[1.0; 4],
+            hessian: &[0.0; 4],
+            damping: &[1.0; 2],
+        };
+        assert!(Correction::new(indefinite).is_err());
     }
 }

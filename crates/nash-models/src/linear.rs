@@ -99,11 +99,15 @@ const QUANTIZE_FLOATS: usize = 1 << 14;
 
 /// Some rows of a weight as floats, one after the other: `[rows, n]`.
 pub fn decode_rows(linear: &dyn Linear, rows: impl ExactSizeIterator<Item = usize>) -> Vec<f32> {
-    let n = linear.cols();
+    let n = linear.cols().max(1);
+    let rows: Vec<usize> = rows.collect();
     let mut values = vec![0.0; rows.len() * n];
-    for (row, out) in rows.zip(values.chunks_exact_mut(n.max(1))) {
-        linear.row(row, out);
-    }
+    let part = PART_FLOATS.div_ceil(n);
+    pool::for_each_chunk(&mut values, part * n, |i, values| {
+        for (&row, out) in rows[i * part..].iter().zip(values.chunks_exact_mut(n)) {
+            linear.row(row, out);
+        }
+    });
     values
 }
 
@@ -119,6 +123,8 @@ pub trait Linear: Send + Sync {
     fn packed(&self) -> Option<PackedRef<'_>> {
         None
     }
+    /// Lets the system take back the memory of weights that can be read from their file again.
+    fn release(&self) {}
     /// Decodes row `row` to `out [n]`.
     fn row(&self, row: usize, out: &mut [f32]);
     /// Adds `g·W` to `gx`: the gradient `g [T, m]` of the outputs taken back to the inputs, `gx [T, n]`.
@@ -276,6 +282,13 @@ impl Linear for FloatLinear {
         self.columns
             .as_ref()
             .map_or(self.source_cols(), |columns| columns.len())
+    }
+
+    fn release(&self) {
+        match &self.source {
+            Source::Rows { tensor, .. } => tensor.data.release(),
+            Source::Stacked(expert) => expert.release(),
+        }
     }
 
     fn forward(&self, input: &Input<'_>, y: &mut [f32]) {

@@ -36,6 +36,8 @@ pub struct Model {
     pub(crate) channels: Option<ChannelSparsity>,
     /// Behind a lock, since sequences share it.
     routing: Option<Mutex<Box<dyn RoutingPolicy>>>,
+    /// Whether weights are released once they have been read.
+    streams: bool,
     embedding: Vocabulary,
     /// `None` if it is the embedding.
     head: Option<Vocabulary>,
@@ -99,6 +101,7 @@ impl Model {
             rope,
             channels: None,
             routing: None,
+            streams: false,
             embedding,
             head,
         })
@@ -311,7 +314,24 @@ impl Model {
             routing: self.routing.as_ref(),
             tap,
         };
-        self.layers[layer].forward(&call, &mut context, x, cache)
+        self.layers[layer].forward(&call, &mut context, x, cache)?;
+        self.release(Some(layer));
+        Ok(())
+    }
+
+    /// Whether weights give their memory back as soon as a layer has been run, to be read from the file again the next time: for models larger than memory,
+    /// or than what they should take of it. Costs little where many tokens run through a layer at a time, and much where one does.
+    pub fn set_streaming(&mut self, streams: bool) {
+        self.streams = streams;
+    }
+
+    /// Gives back the memory of a layer, or of the embedding and the output matrix, if the model streams.
+    pub(crate) fn release(&self, layer: Option<usize>) {
+        if self.streams {
+            let linears = self.weights.linears();
+            let here = linears.filter(|(info, _)| info.layer == layer);
+            here.for_each(|(_, linear)| linear.release());
+        }
     }
 
     /// The norm before the output matrix, in place on `x [.., d]`.
@@ -343,6 +363,7 @@ impl Model {
         if let Some(cap) = self.config.logit_softcap {
             out.iter_mut().for_each(|v| *v = math::softcap(*v, cap));
         }
+        self.release(None);
     }
 
     /// Runs tokens that follow what the cache holds; returns their hidden states after the final norm, `[T, d]`.

@@ -62,6 +62,17 @@ impl Stacked {
         self.rows() * (self.cols() / dtype.block_len()) * dtype.block_bytes()
     }
 
+    /// Lets the system take back the memory of the stack.
+    pub(crate) fn release(&self) {
+        match &self.stack {
+            Stack::Rows(tensor) | Stack::Columns(tensor) => tensor.data.release(),
+            Stack::Blocks { codes, scales } => {
+                codes.data.release();
+                scales.data.release();
+            }
+        }
+    }
+
     /// Decodes rows from `row` on to `out [.., n]`.
     pub(crate) fn decode(&self, row: usize, out: &mut [f32]) -> Result<(), CoreError> {
         let n = self.cols();

@@ -174,6 +174,7 @@ impl Weights {
             });
             let first = first.into_inner().unwrap_or_else(PoisonError::into_inner);
             first.map_or(Ok(()), |(_, error)| Err(error))?;
+            linear.release();
         }
         Ok(())
     }

@@ -169,6 +169,7 @@ pub(crate) fn source_hash(source: &ModelFile, progress: &dyn Progress) -> Result
                 linear.row(r, &mut row);
                 hasher.update(bytemuck::cast_slice(&row));
             }
+            linear.release();
         }
         progress.advance(1);
     }

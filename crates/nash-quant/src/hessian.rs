@@ -29,36 +29,40 @@ impl Tap for HessianTap {
 /// Of the mean of the diagonal: keeps inputs that never fired at a positive diagonal.
 const FLOOR: f64 = 1e-4;
 
-/// Divides by the number of tokens and adds `damping + n / (2 · tokens)` times `√(H_jj · mean of the diagonal)` to the diagonal.
+/// Divides by the number of tokens and adds `damping + n / (2 · tokens)` times `√(H_jj · mean of the diagonal)` to the diagonal. Returns what was added.
 ///
 /// The second term shrinks estimates that rest on few tokens (experts, wide layers) towards a diagonal matrix, as Ledoit and Wolf (2004) do with
 /// an estimated intensity. Theirs is a multiple of the identity; a few inputs of large energy, which transformers have, would make that a
 /// floor far above what most inputs have. The geometric mean of an input's own energy and the mean leaves small ones their differences.
-pub(crate) fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) {
+pub(crate) fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) -> Vec<f32> {
     let scale = 1.0 / tokens.max(1) as f32;
     sum.iter_mut().for_each(|v| *v *= scale);
     let mean = (0..n).map(|i| f64::from(sum[i * n + i])).sum::<f64>() / n.max(1) as f64;
     let share = damping + 0.5 * n as f64 / tokens.max(1) as f64;
-    for i in 0..n {
+    let mut regularise_one = |i: usize| {
         let own = &mut sum[i * n + i];
         // A site without any signal becomes the identity: every weight counts the same.
-        *own += if mean > 0.0 {
+        let added = if mean > 0.0 {
             (share * (f64::from(*own) * mean).sqrt() + FLOOR * mean) as f32
         } else {
             1.0
         };
-    }
+        *own += added;
+        added
+    };
+    (0..n).map(&mut regularise_one).collect()
 }
 
 /// Lower triangle of a symmetric matrix as little-endian bytes, and back.
 pub(crate) mod triangle {
+    /// Side of the squares that are mirrored.
+    const SQUARE: usize = 32;
+
     /// Packs the lower triangle, row by row.
     pub(crate) fn to_bytes(h: &[f32], n: usize) -> Vec<u8> {
         let mut out = Vec::with_capacity(n * (n + 1) * 2);
         for (i, row) in h.chunks(n).enumerate() {
-            row[..=i]
-                .iter()
-                .for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+            out.extend(row[..=i].iter().flat_map(|v| v.to_le_bytes()));
         }
         out
     }
@@ -69,14 +73,22 @@ pub(crate) mod triangle {
             return None;
         }
         let mut h = vec![0.0; n * n];
-        let mut values = bytes
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        for i in 0..n {
-            for j in 0..=i {
-                let v = values.next()?;
-                h[i * n + j] = v;
-                h[j * n + i] = v;
+        let (mut values, _) = bytes.as_chunks::<4>();
+        for (i, row) in h.chunks_mut(n).enumerate() {
+            let (own, rest) = values.split_at(i + 1);
+            row.iter_mut()
+                .zip(own)
+                .for_each(|(h, &b)| *h = f32::from_le_bytes(b));
+            values = rest;
+        }
+        // The mirror image, in squares that fit the first-level cache.
+        for row in (0..n).step_by(SQUARE) {
+            for column in (0..=row).step_by(SQUARE) {
+                for i in row..n.min(row + SQUARE) {
+                    for j in column..i.min(column + SQUARE) {
+                        h[j * n + i] = h[i * n + j];
+                    }
+                }
             }
         }
         Some(h)
@@ -89,9 +101,9 @@ mod tests {
 
     #[test]
     fn a_triangle_survives_the_disk() {
-        let n = 5;
+        let n = 71;
         let h: Vec<f32> = (0..n * n)
-            .map(|k| ((k / n).max(k % n) * 10 + (k / n).min(k % n)) as f32)
+            .map(|k| ((k / n).max(k % n) * 100 + (k / n).min(k % n)) as f32)
             .collect();
         assert_eq!(triangle::from_bytes(&triangle::to_bytes(&h, n), n), Some(h));
         assert_eq!(triangle::from_bytes(&[0; 7], n), None);

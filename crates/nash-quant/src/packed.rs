@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use nash_core::ModelFile;
-use nash_kernels::{PackedMatrix, dequantize_row, matmul};
-use nash_models::{Input, Linear, Model, VocabParts};
+use nash_kernels::{PackedMatrix, PackedRef, dequantize_row, matmul};
+use nash_models::{Input, Linear, Model, ModelConfig, VocabParts};
 
 use crate::QuantError;
 use crate::allocate::vocab_ranges;
@@ -12,16 +12,26 @@ use crate::session::{Session, Solved};
 
 /// The source with its vocabulary in ranges of rows, the columns whole.
 pub(crate) fn load_in_ranges(source: &ModelFile) -> Result<Model, QuantError> {
-    Ok(Model::load_in_parts(source, |config| VocabParts {
+    load_in_parts(source, |config| VocabParts {
         ranges: vocab_ranges(config.vocab_size),
         outliers: Vec::new(),
-    })?)
+    })
 }
 
 /// The source with its vocabulary in the parts that the session has.
 pub(crate) fn load(session: &Session<'_>, source: &ModelFile) -> Result<Model, QuantError> {
     let parts = session.model.config().vocab_parts.clone();
-    Ok(Model::load_in_parts(source, |_| parts)?)
+    load_in_parts(source, |_| parts)
+}
+
+/// The source with its vocabulary in parts. It streams: of a source that may be larger than memory, no more than a layer stays.
+pub(crate) fn load_in_parts(
+    source: &ModelFile,
+    cut: impl FnOnce(&ModelConfig) -> VocabParts,
+) -> Result<Model, QuantError> {
+    let mut model = Model::load_in_parts(source, cut)?;
+    model.set_streaming(true);
+    Ok(model)
 }
 
 /// The source with its linears replaced by packed ones.
@@ -32,28 +42,34 @@ pub(crate) fn packed_model(
 ) -> Result<Model, QuantError> {
     let mut model = load(session, source)?;
     for (info, solved) in session.linears.iter().zip(solved) {
-        model.set_linear(&info.name, Arc::new(OwnedPacked(solved.matrix.clone())))?;
+        model.set_linear(&info.name, Arc::new(OwnedPacked(Arc::clone(&solved.matrix))))?;
     }
     Ok(model)
 }
 
 /// A packed weight in memory, run by the same kernels as one in a file.
-pub(crate) struct OwnedPacked(pub(crate) PackedMatrix);
+pub(crate) struct OwnedPacked(pub(crate) Arc<PackedMatrix>);
+
+impl OwnedPacked {
+    fn view(&self) -> PackedRef<'_> {
+        PackedMatrix::as_ref(&self.0)
+    }
+}
 
 impl Linear for OwnedPacked {
     fn rows(&self) -> usize {
-        self.0.as_ref().shape().rows
+        self.view().shape().rows
     }
     fn cols(&self) -> usize {
-        self.0.as_ref().shape().cols
+        self.view().shape().cols
     }
     fn forward(&self, input: &Input<'_>, y: &mut [f32]) {
-        matmul(self.0.as_ref(), input.activations(), y);
+        matmul(self.view(), input.activations(), y);
     }
     fn row(&self, row: usize, out: &mut [f32]) {
-        dequantize_row(self.0.as_ref(), row, out);
+        dequantize_row(self.view(), row, out);
     }
     fn resident_bytes(&self) -> usize {
-        self.0.as_ref().stream().len()
+        self.view().stream().len()
     }
 }

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use nash_kernels::dense::{self, MatMut, MatRef};
+use nash_games::propagation::{Correction, Inputs};
+use nash_kernels::dense;
 use nash_models::{KvCache, Model, Site, Tap};
 
 use crate::QuantError;
@@ -13,12 +14,12 @@ use crate::hessian::regularise;
 /// others.
 pub(crate) const SITES: [Site; 4] = [Site::AttnIn, Site::AttnOut, Site::MlpIn, Site::MlpDown];
 
-/// Moments of a site's inputs: `x` of the source, `x̂` of the compressed prefix.
+/// What is known about a site's inputs: `x` of the source, `x̂` of the compressed prefix.
 pub(crate) struct Moments {
     /// Damped `E[x̂ x̂ᵀ]`, `[n, n]`.
     pub(crate) hessian: Vec<f32>,
-    /// `E[(x − x̂) x̂ᵀ]`, `[n, n]`.
-    pub(crate) drift: Vec<f32>,
+    /// What makes up for the drift from `x` to `x̂`.
+    pub(crate) correction: Correction,
 }
 
 /// Hidden states of both models before some layer.
@@ -137,17 +138,15 @@ impl<'a> Prefix<'a> {
         let n = x.len() / tokens.max(1);
         let mut hessian = vec![0.0; n * n];
         dense::gram_accumulate(&drifted, tokens, n, &mut hessian);
-        regularise(&mut hessian, n, tokens as u64, self.damping);
-        let difference: Vec<f32> = x.iter().zip(&drifted).map(|(x, other)| x - other).collect();
-        let mut drift = vec![0.0; n * n];
-        dense::gemm(
-            1.0 / tokens.max(1) as f32,
-            MatRef::row_major(&difference, tokens, n).t(),
-            MatRef::row_major(&drifted, tokens, n),
-            0.0,
-            MatMut::row_major(&mut drift, n, n),
-        );
-        Ok(Some(Moments { hessian, drift }))
+        let damping = regularise(&mut hessian, n, tokens as u64, self.damping);
+        let correction = Correction::new(Inputs {
+            compressed: &drifted,
+            source: &x,
+            hessian: &hessian,
+            damping: &damping,
+        })
+        .map_err(QuantError::game(&format!("layer {}, {site:?}", self.layer)))?;
+        Ok(Some(Moments { hessian, correction }))
     }
 
     /// On to the next layer, once `packed` has this one.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use nash_core::ModelFile;
 use nash_core::hash::Hasher;
-use nash_games::propagation::shifted_targets;
 use nash_games::rounding::Problem;
 use nash_kernels::Width;
 use nash_models::{LinearInfo, Model};
@@ -85,10 +84,9 @@ impl Session<'_> {
 
     /// What a linear is to be rounded to.
     pub(crate) fn target(&self, info: &LinearInfo, moments: &Moments) -> Result<Vec<f32>, QuantError> {
-        let Moments { hessian, drift } = moments;
         let weights = self.weights(info)?;
-        shifted_targets(&weights, drift, hessian, info.cols, self.propagation())
-            .map_err(QuantError::game(&info.name))
+        let target = moments.correction.target(&weights, self.propagation());
+        target.map_err(QuantError::game(&info.name))
     }
 
     /// Solves all linears, those of the layers in order.
@@ -109,7 +107,7 @@ impl Session<'_> {
                 Some(self.solve(info, widths[index])?)
             };
             if let Some(found) = &found {
-                packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
+                packed.set_linear(&info.name, Arc::new(OwnedPacked(Arc::clone(&found.matrix))))?;
                 self.progress.advance(1);
             }
             solved[index] = found;
@@ -122,7 +120,7 @@ impl Session<'_> {
                 let info = &self.linears[index];
                 let found = self.solve_towards(info, widths[index], &self.target(info, moments)?, moments)?;
                 self.scratch.put_bytes(&key(info), &stored::encode(&found)?)?;
-                packed.set_linear(&info.name, Arc::new(OwnedPacked(found.matrix.clone())))?;
+                packed.set_linear(&info.name, Arc::new(OwnedPacked(Arc::clone(&found.matrix))))?;
                 solved[index] = Some(found);
                 Ok(())
             },
@@ -163,8 +161,11 @@ impl Session<'_> {
         };
         // Targets are near the source's weights, so play goes on from the draft that was judged.
         let draft = self.draft(info, width)?;
-        let rounded = Rounded::of(draft.matrix.as_ref(), draft.record.sweeps);
+        let rounded = Rounded::of(draft.packed(), draft.record.sweeps);
         let (matrix, record) = self.settle(info, problem, rounded)?;
-        Ok(Solved { matrix, record })
+        Ok(Solved {
+            matrix: Arc::new(matrix),
+            record,
+        })
     }
 }

@@ -1,15 +1,18 @@
 //! One model under compression: calibration and solved tensors, each computed once and kept in the scratch folder.
 
+use std::sync::Arc;
+
 use nash_core::ModelFile;
 use nash_games::RoundingCertificate;
 use nash_games::rounding::Problem;
-use nash_kernels::{PackedMatrix, Width};
+use nash_kernels::{PackedMatrix, PackedRef, Width};
 use nash_models::{KvCache, LinearInfo, Model, Site, VocabParts, decode_rows};
 
 use crate::QuantError;
 use crate::allocate::outliers;
 use crate::hessian::{HessianTap, regularise, triangle};
 use crate::options::{CompressOptions, Method, Sensitivity};
+use crate::packed::load_in_parts;
 use crate::progress::Progress;
 use crate::scratch::Scratch;
 use crate::sensitivity::hessian_key;
@@ -31,8 +34,16 @@ pub(crate) struct Session<'a> {
 /// A solved tensor with its record.
 #[derive(Debug, Clone)]
 pub(crate) struct Solved {
-    pub(crate) matrix: PackedMatrix,
+    /// Shared with the model that runs it.
+    pub(crate) matrix: Arc<PackedMatrix>,
     pub(crate) record: SolvedRecord,
+}
+
+impl Solved {
+    /// The tensor's bytes.
+    pub(crate) fn packed(&self) -> PackedRef<'_> {
+        PackedMatrix::as_ref(&self.matrix)
+    }
 }
 
 /// What is known about a solved tensor beside its bytes.
@@ -66,7 +77,7 @@ impl Session<'_> {
             outliers: outliers(&diagonal, vocab),
             ..config.vocab_parts.clone()
         };
-        self.model = Model::load_in_parts(source, |_| parts)?;
+        self.model = load_in_parts(source, |_| parts)?;
         self.linears = packable(&self.model);
         Ok(())
     }
@@ -188,7 +199,9 @@ impl Session<'_> {
                 info.name
             ))
         })?;
-        Ok(decode_rows(linear.as_ref(), 0..info.rows))
+        let weights = decode_rows(linear.as_ref(), 0..info.rows);
+        linear.release();
+        Ok(weights)
     }
 
     pub(crate) fn rounding(&self, width: Width) -> Rounding {
@@ -207,7 +220,7 @@ impl Session<'_> {
         self.stored(info, width, Effort::Full, |problem| {
             let rounded = match self.known(info, width, Effort::Draft)? {
                 Some(bytes) if let Some(draft) = stored::decode(&bytes, info, width) => {
-                    Rounded::of(draft.matrix.as_ref(), draft.record.sweeps)
+                    Rounded::of(draft.packed(), draft.record.sweeps)
                 }
                 _ => draft(&info.name, problem, self.rounding(width))?,
             };
@@ -282,7 +295,10 @@ impl Session<'_> {
             cols: info.cols,
             hessian: &hessian,
         })?;
-        let solved = Solved { matrix, record };
+        let solved = Solved {
+            matrix: Arc::new(matrix),
+            record,
+        };
         self.scratch
             .put_bytes(&solved_key(info, width, effort), &stored::encode(&solved)?)?;
         Ok(solved)

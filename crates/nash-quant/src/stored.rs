@@ -1,5 +1,7 @@
 //! A solved tensor as one scratch entry: length of the record, record (JSON), stream, row scales, codebook.
 
+use std::sync::Arc;
+
 use half::f16;
 use nash_kernels::{PackedMatrix, PackedShape, Width};
 use nash_models::LinearInfo;
@@ -13,7 +15,7 @@ pub(crate) fn encode(solved: &Solved) -> Result<Vec<u8>, QuantError> {
         what: "intermediate result".into(),
         source,
     })?;
-    let packed = solved.matrix.as_ref();
+    let packed = solved.packed();
     let mut out = Vec::with_capacity(packed.stream().len() + record.len() + 4096);
     out.extend_from_slice(&(record.len() as u64).to_le_bytes());
     out.extend_from_slice(&record);
@@ -44,5 +46,8 @@ pub(crate) fn decode(bytes: &[u8], info: &LinearInfo, width: Width) -> Option<So
         .collect();
     let codebook = codebook.iter().map(|&v| v as i8).collect();
     let matrix = PackedMatrix::new(shape, stream.to_vec(), row_scales, codebook).ok()?;
-    Some(Solved { matrix, record })
+    Some(Solved {
+        matrix: Arc::new(matrix),
+        record,
+    })
 }

@@ -194,7 +194,7 @@ impl Session<'_> {
     fn tuned_key(&self, solved: &[Solved], held_back: &[Vec<u32>]) -> String {
         let mut hasher = Hasher::new();
         for s in solved {
-            hasher.update(&[s.matrix.as_ref().shape().width.bits() as u8]);
+            hasher.update(&[s.packed().shape().width.bits() as u8]);
         }
         held_back
             .iter()

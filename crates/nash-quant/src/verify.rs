@@ -5,12 +5,12 @@ use std::sync::Arc;
 use nash_core::{ModelFile, PackedFolder};
 use nash_games::RoundingCertificate;
 use nash_games::rounding::Problem;
-use nash_models::{LinearInfo, Model, ModelConfig, PackedLinear};
+use nash_models::{LinearInfo, ModelConfig, PackedLinear};
 
 use crate::QuantError;
 use crate::compress::source_hash;
 use crate::options::{Calibration, CompressOptions, Method};
-use crate::packed::load;
+use crate::packed::{load, load_in_parts};
 use crate::progress::Progress;
 use crate::report::{Report, TensorRow};
 use crate::scratch::Scratch;
@@ -88,7 +88,7 @@ fn equilibrium(
     progress: &dyn Progress,
 ) -> Result<Equilibrium, QuantError> {
     let parts = ModelConfig::from_packed(packed.config())?.vocab_parts;
-    let model = Model::load_in_parts(source, |_| parts)?;
+    let model = load_in_parts(source, |_| parts)?;
     let found = source_hash(source, progress)?;
     if found != report.source_sha256 {
         return Err(QuantError::Mismatch(format!(

@@ -35,13 +35,13 @@ pub(crate) fn write(
     let packed = session.linears.iter().zip(solved);
     let specs = packed.clone().map(|(info, s)| TensorSpec::Packed {
         name: info.name.clone(),
-        shape: s.matrix.as_ref().shape(),
+        shape: s.packed().shape(),
     });
     let layout = PackedLayout::new(specs.chain(floats.iter().map(float_spec)))?;
     session.progress.stage("write", solved.len() as u64);
     let mut writer = PackedWriter::create(out, layout)?;
     for (info, s) in packed {
-        writer.packed(&info.name, s.matrix.as_ref())?;
+        writer.packed(&info.name, s.packed())?;
         session.progress.advance(1);
     }
     for (name, _, values) in floats {

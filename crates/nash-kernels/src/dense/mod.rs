@@ -122,11 +122,16 @@ const ROW_PRODUCTS: usize = 16 << 10;
 /// # Panics
 /// If a slice has another length than its shape.
 pub fn gram_accumulate(x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
-    gram_on(
-        pool::global(),
-        MatRef::row_major(x, tokens, n),
-        MatMut::row_major(h, n, n),
-    );
+    gram(MatRef::row_major(x, tokens, n), MatMut::row_major(h, n, n));
+}
+
+/// [`gram_accumulate`] of any view.
+///
+/// # Panics
+/// If `h` is not square with a side of as many columns as `x` has.
+pub fn gram(x: MatRef<'_>, h: MatMut<'_>) {
+    assert_eq!((h.rows, h.cols), (x.cols, x.cols), "shape of a Gram matrix");
+    gram_on(pool::global(), x, h);
 }
 
 fn gram_on(pool: &Pool, x: MatRef<'_>, h: MatMut<'_>) {

@@ -106,6 +106,7 @@ impl Model {
         );
         let feed = pass.mlp_forward(mlp, x);
         pass.add(&this.mlp_norm, this.mlp_post_norm.as_ref(), &feed.output, x);
+        self.release(Some(layer));
         Ok(())
     }
 
