@@ -171,6 +171,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_released_is_read_from_the_file_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let bytes: Vec<u8> = (0..300_000u32).map(|i| (i / 7) as u8).collect();
+        std::fs::write(file.path(), &bytes).unwrap();
+        let region = Region::map(file.path()).unwrap();
+        // A part that begins and ends within pages.
+        let part = region.slice(1000..200_001).unwrap();
+        assert_eq!(&*region, bytes);
+        part.release();
+        region.slice(5..5).unwrap().release();
+        assert_eq!(&*region, bytes);
+        // Memory of its own is all there is of it.
+        let owned = Region::from(bytes.clone());
+        owned.release();
+        assert_eq!(&*owned, bytes);
+    }
+
+    #[test]
     fn an_empty_file_a_directory_and_a_missing_file_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("empty");

@@ -11,6 +11,7 @@
 use faer::Side;
 use faer::linalg::solvers::{Llt, Solve as _};
 use nash_kernels::dense::{self, MatMut, MatRef, gemm};
+use nash_kernels::heap::zeros;
 
 use crate::error::{GameError, check_finite, check_len};
 
@@ -74,7 +75,7 @@ impl Correction {
         let differences = source.iter().zip(compressed);
         let factors = if n <= tokens {
             let difference: Vec<f32> = differences.map(|(x, other)| x - other).collect();
-            let mut drift = vec![0.0; n * n];
+            let mut drift = zeros(n * n);
             gemm(
                 share,
                 MatRef::row_major(&difference, tokens, n).t(),
@@ -91,7 +92,7 @@ impl Correction {
             for row in whitened.chunks_mut(n) {
                 row.iter_mut().zip(&whitening).for_each(|(x, w)| *x *= w * root);
             }
-            let mut kernel = vec![0.0; tokens * tokens];
+            let mut kernel = zeros(tokens * tokens);
             (0..tokens).for_each(|t| kernel[t * tokens + t] = 1.0);
             dense::gram(
                 MatRef::row_major(&whitened, tokens, n).t(),
@@ -118,7 +119,7 @@ impl Correction {
         let w = MatRef::row_major(weights, m, n);
         let mut target = match &self.factors {
             Factors::Inputs { drift, cholesky } => {
-                let mut shift = vec![0.0f32; m * n];
+                let mut shift = zeros(m * n);
                 let c = MatRef::row_major(drift, n, n);
                 gemm(strength, w, c, 0.0, MatMut::row_major(&mut shift, m, n));
                 cholesky.rsolve_in_place(faer::MatMut::from_row_major_slice_mut(&mut shift, m, n));
@@ -131,11 +132,11 @@ impl Correction {
                 cholesky,
             } => {
                 let tokens = drift.len() / n.max(1);
-                let mut errors = vec![0.0f32; m * tokens];
+                let mut errors = zeros(m * tokens);
                 let d = MatRef::row_major(drift, tokens, n).t();
                 gemm(strength, w, d, 0.0, MatMut::row_major(&mut errors, m, tokens));
                 cholesky.rsolve_in_place(faer::MatMut::from_row_major_slice_mut(&mut errors, m, tokens));
-                let mut shift = vec![0.0f32; m * n];
+                let mut shift = zeros(m * n);
                 gemm(
                     1.0,
                     MatRef::row_major(&errors, m, tokens),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use nash_core::{DType, PackedTensor, Tensor};
 use nash_kernels::dense::{self, MatMut, MatRef};
+use nash_kernels::heap::zeros;
 use nash_kernels::{Activations, PackedRef, pool};
 
 use crate::error::Result;
@@ -101,7 +102,7 @@ const QUANTIZE_FLOATS: usize = 1 << 14;
 pub fn decode_rows(linear: &dyn Linear, rows: impl ExactSizeIterator<Item = usize>) -> Vec<f32> {
     let n = linear.cols().max(1);
     let rows: Vec<usize> = rows.collect();
-    let mut values = vec![0.0; rows.len() * n];
+    let mut values = zeros(rows.len() * n);
     let part = PART_FLOATS.div_ceil(n);
     pool::for_each_chunk(&mut values, part * n, |i, values| {
         for (&row, out) in rows[i * part..].iter().zip(values.chunks_exact_mut(n)) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use nash_kernels::dense;
+use nash_kernels::heap::zeros;
 use nash_models::{Site, Tap};
 
 /// Sums of `x xᵀ` per site of one layer (or of the head).
@@ -20,7 +21,7 @@ impl Tap for HessianTap {
         let (sum, count) = self
             .sums
             .entry((layer, site))
-            .or_insert_with(|| (vec![0.0; cols * cols], 0));
+            .or_insert_with(|| (zeros(cols * cols), 0));
         dense::gram_accumulate(x, tokens, cols, sum);
         *count += tokens as u64;
     }
@@ -55,6 +56,8 @@ pub(crate) fn regularise(sum: &mut [f32], n: usize, tokens: u64, damping: f64) -
 
 /// Lower triangle of a symmetric matrix as little-endian bytes, and back.
 pub(crate) mod triangle {
+    use nash_kernels::heap::zeros;
+
     /// Side of the squares that are mirrored.
     const SQUARE: usize = 32;
 
@@ -72,7 +75,7 @@ pub(crate) mod triangle {
         if bytes.len() != n * (n + 1) * 2 {
             return None;
         }
-        let mut h = vec![0.0; n * n];
+        let mut h = zeros(n * n);
         let (mut values, _) = bytes.as_chunks::<4>();
         for (i, row) in h.chunks_mut(n).enumerate() {
             let (own, rest) = values.split_at(i + 1);

@@ -30,7 +30,7 @@ pub struct Plan {
     pub smallest_bytes: u64,
     /// Number of linears at each width.
     pub widths: Vec<(usize, usize)>,
-    /// Estimated peak memory of the compression in bytes, without the mapped source.
+    /// Estimated peak memory of the compression in bytes; the source streams and is no part of it.
     pub compress_memory_bytes: u64,
     /// Estimated scratch space on disk in bytes.
     pub scratch_bytes: u64,
@@ -93,7 +93,8 @@ pub fn plan(config: &ModelConfig, options: &CompressOptions) -> Result<Plan, Qua
             .map(|w| (w.bits(), count(w)))
             .filter(|c| c.1 > 0)
             .collect(),
-        compress_memory_bytes: cost.memory,
+        // The packed model grows while it is solved.
+        compress_memory_bytes: cost.memory + file_bytes,
         scratch_bytes: cost.scratch,
         compress_seconds: cost.operations / operations_per_second(),
         run_memory_bytes: file_bytes + kv as u64,
@@ -243,12 +244,17 @@ impl Cost {
             }
         }
         let tune = options.tune_epochs as f64 * 4.0 * evaluation(tokens);
-        // A square and a product per site, targets, and the layers up to each of their sites.
+        // A Hessian and a correction per site, targets, and the layers up to each of their sites.
         // States of a second model, what the sites of a layer read, and what one site reads twice more.
         let (propagate, inputs) = if options.propagation > 0.0 {
             let widest = linears.iter().map(|l| l.cols).max().unwrap_or(0);
             let columns = 4 * config.hidden_size + 3 * widest;
-            let operations = 3.0 * tokens * gram + 3.2 * evaluation(tokens) + 2.0 * product;
+            let corrections: f64 = sites.iter().map(|s| correction(s.2 as f64, tokens)).sum();
+            let targets: f64 = linears
+                .iter()
+                .map(|l| target(l.rows as f64, l.cols as f64, tokens))
+                .sum();
+            let operations = tokens * gram + corrections + targets + 3.2 * evaluation(tokens);
             (operations, tokens as u64 * 4 * columns as u64)
         } else {
             (0.0, 0)
@@ -264,6 +270,24 @@ impl Cost {
             memory: largest * 14 + 8 * widest * widest + states.max(probe_bytes) + inputs + (64 << 20),
             scratch: (gram * 2.0) as u64 + params as u64,
         }
+    }
+}
+
+/// Operations of the correction of a site of `n` inputs ([`nash_games::propagation`]).
+fn correction(n: f64, tokens: f64) -> f64 {
+    if n <= tokens {
+        2.0 * tokens * n * n + n.powi(3) / 3.0
+    } else {
+        tokens * tokens * n + tokens.powi(3) / 3.0
+    }
+}
+
+/// Operations of a target `[m, n]`.
+fn target(m: f64, n: f64, tokens: f64) -> f64 {
+    if n <= tokens {
+        4.0 * m * n * n
+    } else {
+        4.0 * m * n * tokens + 2.0 * m * tokens * tokens
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use nash_games::propagation::{Correction, Inputs};
 use nash_kernels::dense;
+use nash_kernels::heap::zeros;
 use nash_models::{KvCache, Model, Site, Tap};
 
 use crate::QuantError;
@@ -136,7 +137,7 @@ impl<'a> Prefix<'a> {
         };
         let tokens: usize = self.of_packed.iter().map(Vec::len).sum::<usize>() / packed.config().hidden_size;
         let n = x.len() / tokens.max(1);
-        let mut hessian = vec![0.0; n * n];
+        let mut hessian = zeros(n * n);
         dense::gram_accumulate(&drifted, tokens, n, &mut hessian);
         let damping = regularise(&mut hessian, n, tokens as u64, self.damping);
         let correction = Correction::new(Inputs {

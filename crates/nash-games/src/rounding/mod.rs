@@ -23,8 +23,9 @@ use crate::trellis::dispatch;
 use residual::Product;
 use seat::{Block, Seat, Turn};
 
-/// Rows of a chunk: its residual (`32 · n` floats) stays in the second-level cache.
-const ROWS_PER_CHUNK: usize = 32;
+/// Rows of a chunk: a multiple of the six rows that a product keeps in registers and of the sixteen that are searched side by side; few, so that their residual
+/// (`48 · n` floats) stays in a cache.
+const ROWS_PER_CHUNK: usize = 48;
 /// Blocks of a stretch, at most: columns whose changes meet the rest of the row in one product.
 const STRETCH: usize = 8;
 /// A move by `d` must gain more than this share of `H·d²`: smaller gains are within the rounding noise of `f32`.
