@@ -16,12 +16,12 @@ use nash_kernels::heap::zeros;
 use crate::error::{GameError, check_finite, check_len};
 
 /// What the linears of one site read in the compressed model, and how far that is from what they read in the source.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Inputs<'a> {
     /// `x̂ [T, n]`, from the compressed prefix.
-    pub compressed: &'a [f32],
+    pub compressed: Vec<f32>,
     /// `x [T, n]`, from the source.
-    pub source: &'a [f32],
+    pub source: Vec<f32>,
     /// `Ĥ = E[x̂ x̂ᵀ] + Λ`, `[n, n]`.
     pub hessian: &'a [f32],
     /// The diagonal of `Λ [n]`, positive.
@@ -72,14 +72,17 @@ impl Correction {
         check_len("inputs of the source", tokens * n, source.len())?;
         check_len("Hessian", n * n, hessian.len())?;
         let share = 1.0 / tokens.max(1) as f32;
-        let differences = source.iter().zip(compressed);
+        let mut difference = source;
+        difference
+            .iter_mut()
+            .zip(&compressed)
+            .for_each(|(x, other)| *x -= other);
         let factors = if n <= tokens {
-            let difference: Vec<f32> = differences.map(|(x, other)| x - other).collect();
             let mut drift = zeros(n * n);
             gemm(
                 share,
                 MatRef::row_major(&difference, tokens, n).t(),
-                MatRef::row_major(compressed, tokens, n),
+                MatRef::row_major(&compressed, tokens, n),
                 0.0,
                 MatMut::row_major(&mut drift, n, n),
             );
@@ -88,7 +91,7 @@ impl Correction {
         } else {
             let root = share.sqrt();
             let whitening: Vec<f32> = damping.iter().map(|d| d.sqrt().recip()).collect();
-            let mut whitened = compressed.to_vec();
+            let mut whitened = compressed;
             for row in whitened.chunks_mut(n) {
                 row.iter_mut().zip(&whitening).for_each(|(x, w)| *x *= w * root);
             }
@@ -98,8 +101,9 @@ impl Correction {
                 MatRef::row_major(&whitened, tokens, n).t(),
                 MatMut::row_major(&mut kernel, tokens, tokens),
             );
+            difference.iter_mut().for_each(|d| *d *= root);
             Factors::Tokens {
-                drift: differences.map(|(x, other)| (x - other) * root).collect(),
+                drift: difference,
                 cholesky: factor(&kernel, tokens)?,
                 whitened,
                 whitening,
@@ -188,12 +192,12 @@ mod tests {
                 hessian[i * n + i] += damping[i];
             }
             let inputs = Inputs {
-                compressed: &compressed,
-                source: &x,
+                compressed: compressed.clone(),
+                source: x.clone(),
                 hessian: &hessian,
                 damping: &damping,
             };
-            let correction = Correction::new(inputs).unwrap();
+            let correction = Correction::new(inputs.clone()).unwrap();
             let target = correction.target(&weights, 1.0).unwrap();
             for (r, (target, weights)) in target.chunks(n).zip(weights.chunks(n)).enumerate() {
                 for j in 0..n {
@@ -210,17 +214,12 @@ mod tests {
             }
             assert_eq!(correction.target(&weights, 0.0).unwrap(), weights);
             assert!(correction.target(&weights[1..], 1.0).is_err());
-            assert!(
-                Correction::new(Inputs {
-                    source: &x[1..],
-                    ..inputs
-                })
-                .is_err()
-            );
+            let source = x[1..].to_vec();
+            assert!(Correction::new(Inputs { source, ..inputs }).is_err());
         }
         let indefinite = Inputs {
-            compressed: &[1.0, 1.0, 1.0, 1.0],
-            source: &[1.0; 4],
+            compressed: vec![1.0; 4],
+            source: vec![1.0; 4],
             hessian: &[0.0; 4],
             damping: &[1.0; 2],
         };

@@ -141,8 +141,8 @@ impl<'a> Prefix<'a> {
         dense::gram_accumulate(&drifted, tokens, n, &mut hessian);
         let damping = regularise(&mut hessian, n, tokens as u64, self.damping);
         let correction = Correction::new(Inputs {
-            compressed: &drifted,
-            source: &x,
+            compressed: drifted,
+            source: x,
             hessian: &hessian,
             damping: &damping,
         })
