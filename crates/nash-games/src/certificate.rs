@@ -252,7 +252,7 @@ impl Bits {
     }
 }
 
-/// `v H` in `f64`.
+/// `v H` of each of the vectors, in `f64`.
 fn times_hessian(vectors: &[Vec<f64>], hessian: &[f32]) -> Vec<Vec<f64>> {
     /// Columns whose sums stay in the first-level cache.
     const TILE: usize = 256;

@@ -1,13 +1,11 @@
 //! Profiles judged by the true loss: the KL divergence of the whole model with every tensor drafted at its width.
 
-use std::sync::Arc;
-
 use nash_core::ModelFile;
 use nash_kernels::Width;
 use nash_models::Model;
 
 use crate::QuantError;
-use crate::packed::{OwnedPacked, load};
+use crate::packed::load;
 use crate::probe::Probe;
 use crate::session::Session;
 
@@ -50,8 +48,7 @@ impl Judge {
         for ((installed, info), &width) in slots.zip(widths) {
             if *installed != Some(width) {
                 let draft = session.draft(info, width)?;
-                self.model
-                    .set_linear(&info.name, Arc::new(OwnedPacked(draft.matrix)))?;
+                self.model.set_linear(&info.name, draft.linear())?;
                 *installed = Some(width);
             }
             drafted();

@@ -42,13 +42,20 @@ pub(crate) fn packed_model(
 ) -> Result<Model, QuantError> {
     let mut model = load(session, source)?;
     for (info, solved) in session.linears.iter().zip(solved) {
-        model.set_linear(&info.name, Arc::new(OwnedPacked(Arc::clone(&solved.matrix))))?;
+        model.set_linear(&info.name, solved.linear())?;
     }
     Ok(model)
 }
 
+impl Solved {
+    /// The tensor as a model runs it; its bytes are shared.
+    pub(crate) fn linear(&self) -> Arc<dyn Linear> {
+        Arc::new(OwnedPacked(Arc::clone(&self.matrix)))
+    }
+}
+
 /// A packed weight in memory, run by the same kernels as one in a file.
-pub(crate) struct OwnedPacked(pub(crate) Arc<PackedMatrix>);
+struct OwnedPacked(Arc<PackedMatrix>);
 
 impl OwnedPacked {
     fn view(&self) -> PackedRef<'_> {

@@ -1,8 +1,6 @@
 //! Solving in the order of the forward pass: every linear of a layer against what it will read from the compressed prefix, towards what it
 //! gave in the source ([`nash_games::propagation`]).
 
-use std::sync::Arc;
-
 use nash_core::ModelFile;
 use nash_core::hash::Hasher;
 use nash_games::rounding::Problem;
@@ -11,7 +9,7 @@ use nash_models::{LinearInfo, Model};
 
 use crate::QuantError;
 use crate::options::Method;
-use crate::packed::{OwnedPacked, load};
+use crate::packed::load;
 use crate::prefix::{Moments, Prefix, SITES};
 use crate::session::{Session, Solved};
 use crate::stored;
@@ -107,7 +105,7 @@ impl Session<'_> {
                 Some(self.solve(info, widths[index])?)
             };
             if let Some(found) = &found {
-                packed.set_linear(&info.name, Arc::new(OwnedPacked(Arc::clone(&found.matrix))))?;
+                packed.set_linear(&info.name, found.linear())?;
                 self.progress.advance(1);
             }
             solved[index] = found;
@@ -120,7 +118,7 @@ impl Session<'_> {
                 let info = &self.linears[index];
                 let found = self.solve_towards(info, widths[index], &self.target(info, moments)?, moments)?;
                 self.scratch.put_bytes(&key(info), &stored::encode(&found)?)?;
-                packed.set_linear(&info.name, Arc::new(OwnedPacked(Arc::clone(&found.matrix))))?;
+                packed.set_linear(&info.name, found.linear())?;
                 solved[index] = Some(found);
                 Ok(())
             },
@@ -162,10 +160,6 @@ impl Session<'_> {
         // Targets are near the source's weights, so play goes on from the draft that was judged.
         let draft = self.draft(info, width)?;
         let rounded = Rounded::of(draft.packed(), draft.record.sweeps);
-        let (matrix, record) = self.settle(info, problem, rounded)?;
-        Ok(Solved {
-            matrix: Arc::new(matrix),
-            record,
-        })
+        self.settle(info, problem, rounded)
     }
 }

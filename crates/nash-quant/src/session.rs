@@ -40,6 +40,13 @@ pub(crate) struct Solved {
 }
 
 impl Solved {
+    pub(crate) fn new(matrix: PackedMatrix, record: SolvedRecord) -> Self {
+        Self {
+            matrix: Arc::new(matrix),
+            record,
+        }
+    }
+
     /// The tensor's bytes.
     pub(crate) fn packed(&self) -> PackedRef<'_> {
         PackedMatrix::as_ref(&self.matrix)
@@ -234,7 +241,7 @@ impl Session<'_> {
         info: &LinearInfo,
         problem: Problem<'_>,
         mut rounded: Rounded,
-    ) -> Result<(PackedMatrix, SolvedRecord), QuantError> {
+    ) -> Result<Solved, QuantError> {
         if self.options.method == Method::Nash {
             let sweeps = self.options.max_sweeps.saturating_sub(DRAFT_SWEEPS);
             rounded.play(&info.name, problem, sweeps, self.options.joint_moves)?;
@@ -243,7 +250,7 @@ impl Session<'_> {
         let matrix = rounded.pack(&info.name, info.cols)?;
         let stride = info.rows.div_ceil(CERTIFIED_ROWS);
         let certificate = certify(&info.name, problem, matrix.as_ref(), stride)?;
-        Ok((matrix, SolvedRecord { sweeps, certificate }))
+        Ok(Solved::new(matrix, SolvedRecord { sweeps, certificate }))
     }
 
     /// Solves every tensor against what the source reads.
@@ -264,7 +271,7 @@ impl Session<'_> {
                 sweeps: rounded.sweeps,
                 certificate: RoundingCertificate::default(),
             };
-            Ok((rounded.pack(&info.name, info.cols)?, record))
+            Ok(Solved::new(rounded.pack(&info.name, info.cols)?, record))
         })
     }
 
@@ -282,7 +289,7 @@ impl Session<'_> {
         info: &LinearInfo,
         width: Width,
         effort: Effort,
-        compute: impl FnOnce(Problem<'_>) -> Result<(PackedMatrix, SolvedRecord), QuantError>,
+        compute: impl FnOnce(Problem<'_>) -> Result<Solved, QuantError>,
     ) -> Result<Solved, QuantError> {
         self.check_cancelled()?;
         let known = self.known(info, width, effort)?;
@@ -290,15 +297,11 @@ impl Session<'_> {
             return Ok(solved);
         }
         let (weights, hessian) = (self.weights(info)?, self.hessian(info)?);
-        let (matrix, record) = compute(Problem {
+        let solved = compute(Problem {
             weights: &weights,
             cols: info.cols,
             hessian: &hessian,
         })?;
-        let solved = Solved {
-            matrix: Arc::new(matrix),
-            record,
-        };
         self.scratch
             .put_bytes(&solved_key(info, width, effort), &stored::encode(&solved)?)?;
         Ok(solved)

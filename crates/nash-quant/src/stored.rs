@@ -1,7 +1,5 @@
 //! A solved tensor as one scratch entry: length of the record, record (JSON), stream, row scales, codebook.
 
-use std::sync::Arc;
-
 use half::f16;
 use nash_kernels::{PackedMatrix, PackedShape, Width};
 use nash_models::LinearInfo;
@@ -46,8 +44,5 @@ pub(crate) fn decode(bytes: &[u8], info: &LinearInfo, width: Width) -> Option<So
         .collect();
     let codebook = codebook.iter().map(|&v| v as i8).collect();
     let matrix = PackedMatrix::new(shape, stream.to_vec(), row_scales, codebook).ok()?;
-    Some(Solved {
-        matrix: Arc::new(matrix),
-        record,
-    })
+    Some(Solved::new(matrix, record))
 }
