@@ -9,7 +9,7 @@ use nash_models::{LinearInfo, Model};
 
 use crate::QuantError;
 use crate::allocate::{Inventory, Profile, fixed_widths};
-use crate::judge::Judge;
+use crate::judge::{Judge, Scope};
 use crate::options::{Calibration, CompressOptions, Method};
 use crate::packed::load_in_ranges;
 use crate::progress::Progress;
@@ -215,7 +215,7 @@ struct Choice {
     candidates: Vec<(String, f64)>,
 }
 
-/// Solves the candidate allocation whose draft has the lowest measured KL divergence on held-back text; ties go to the first.
+/// Solves the candidate allocation that has the lowest measured KL divergence on held-back text with the measured layers drafted; ties go to the first.
 fn select(
     session: &Session<'_>,
     source: &ModelFile,
@@ -225,7 +225,7 @@ fn select(
     let mut candidates = Vec::new();
     let mut best = (f64::INFINITY, 0);
     if profiles.len() > 1 && !held_back.is_empty() {
-        let mut judge = Judge::new(session, source, held_back)?;
+        let mut judge = Judge::new(session, source, held_back, Scope::Measured)?;
         for (index, profile) in profiles.iter().enumerate() {
             session.progress.stage("draft", session.linears.len() as u64);
             let kl = judge.kl(session, &profile.widths, &|| session.progress.advance(1))?;

@@ -157,7 +157,7 @@ impl Effort {
                 ..few(options)
             },
             Self::Short => CompressOptions {
-                max_sweeps: 8,
+                max_sweeps: 6,
                 propagation: PROPAGATION,
                 ..few(options)
             },

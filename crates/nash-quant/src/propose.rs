@@ -11,7 +11,7 @@ use nash_models::LinearInfo;
 use crate::QuantError;
 use crate::allocate::{Curve, Inventory, Profile, players, uniform, widths};
 use crate::curves::kind;
-use crate::judge::Judge;
+use crate::judge::{Judge, Scope};
 use crate::options::{Allocation, Method};
 use crate::session::Session;
 
@@ -154,6 +154,7 @@ impl Session<'_> {
             self,
             source,
             &self.two_windows(SEARCH_TOKENS),
+            Scope::Whole,
         )?))
     }
 }

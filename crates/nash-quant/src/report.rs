@@ -59,7 +59,8 @@ pub struct Report {
     pub linear_bits_per_weight: f64,
     /// Which allocation won: `market` or `uniform`.
     pub profile: String,
-    /// Measured KL divergence (nats per token) of each candidate allocation on held-back calibration text.
+    /// Measured KL divergence (nats per token) of each candidate allocation on held-back calibration text, with the layers drafted in which effects
+    /// are measured.
     pub candidates: Vec<(String, f64)>,
     /// KL divergence the market's additive model predicted for its allocation.
     pub predicted_kl: Option<f64>,
