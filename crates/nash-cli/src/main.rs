@@ -14,6 +14,7 @@ mod generate;
 mod interrupt;
 mod model;
 mod out;
+mod questions;
 mod sizes;
 mod store;
 mod table;

@@ -115,6 +115,9 @@ pub struct SpeedReport {
 pub struct TaskReport {
     /// Name of the task.
     pub task: String,
+    /// Where its questions are from: a folder, or a data set and its commit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
     /// Examples shown before each question.
     pub shots: usize,
     /// Questions answered.

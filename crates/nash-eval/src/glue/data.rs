@@ -1,21 +1,30 @@
-//! Questions from files: tab-separated rows as GLUE and its sources publish them, LAMBADA as JSON lines or plain lines.
+//! Questions from files: tab-separated rows as GLUE and its sources publish them, Parquet as the Hugging Face hub does, LAMBADA as
+//! JSON lines or plain lines.
 //!
 //! | task | files, the first that exists | columns |
 //! | --- | --- | --- |
-//! | sst2 | `sst2_dev.tsv`, `SST-2/dev.tsv` | sentence, label; header line |
-//! | mrpc | `mrpc_dev.tsv`, `MRPC/dev.tsv` | label, id, id, sentence, sentence; header line |
-//! | cola | `cola_dev.tsv`, `CoLA/dev.tsv` | source, label, author's mark, sentence; no header |
-//! | lambada | `lambada.jsonl`, `lambada_test.jsonl`, `lambada.txt` | `{"text": …}`, or a passage, per line |
+//! | sst2 | `sst2_dev.tsv`, `SST-2/dev.tsv`, [hub] | sentence, label; header line |
+//! | mrpc | `mrpc_dev.tsv`, `MRPC/dev.tsv`, [hub] | label, id, id, sentence, sentence; header line |
+//! | cola | `cola_dev.tsv`, `CoLA/dev.tsv`, [hub] | source, label, author's mark, sentence; no header |
+//! | lambada | `lambada.jsonl`, `lambada_test.jsonl`, `lambada.txt`, [hub] | `{"text": …}`, or a passage, per line |
 //!
-//! Examples come from the file with `train` in place of `dev`, or the first `<task>_train*.tsv` by name. There is no
-//! quoting: a `"` is text. Cells are used as they stand, as the harness does (SST-2 sentences end in a space). Empty lines and a byte order mark
-//! are passed over; everything else that does not fit is an error that names the line.
+//! Examples come from the file with `train` in place of `dev` or `validation`, or the first `<task>_train*.tsv` by name. There is
+//! no quoting: a `"` is text. Cells are used as they stand, as the harness does (SST-2 sentences end in a space). Empty lines and a
+//! byte order mark are passed over; everything else that does not fit is an error that names the line, or the row.
+//!
+//! In Parquet files columns are found by name: `sentence`, or `sentence1` and `sentence2`, and `label`.
+//!
+//! [hub]: hub_file
 
+mod table;
+
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::{Question, Task};
+pub use table::parse_parquet;
 
 /// Which part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +76,24 @@ pub enum DataError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A Parquet file cannot be read as a whole.
+    #[error("{}: {problem}", file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A row of a Parquet file is not what its task calls for.
+    #[error("{}, row {row}: {problem}", file.display())]
+    MalformedRow {
+        /// The file.
+        file: PathBuf,
+        /// The row, from 1.
+        row: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A file without a single question.
     #[error("{} has no rows", file.display())]
     Empty {
@@ -85,6 +112,37 @@ pub enum DataError {
     },
 }
 
+/// Questions or errors, row by row.
+type Rows = Vec<Result<Question, DataError>>;
+
+/// Where the Hugging Face hub has a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HubFile {
+    /// The data set, `owner/name`.
+    pub repo: &'static str,
+    /// The file in it.
+    pub path: String,
+}
+
+/// The file of a task on the Hugging Face hub. LAMBADA has one only.
+#[must_use]
+pub fn hub_file(task: Task, split: Split) -> HubFile {
+    if task == Task::Lambada {
+        return HubFile {
+            repo: "EleutherAI/lambada_openai",
+            path: "data/lambada_test_en.jsonl".to_owned(),
+        };
+    }
+    let part = match split {
+        Split::Dev => "validation",
+        Split::Train => "train",
+    };
+    HubFile {
+        repo: "nyu-mll/glue",
+        path: format!("{task}/{part}-00000-of-00001.parquet"),
+    }
+}
+
 /// The file of a task in a folder.
 ///
 /// # Errors
@@ -100,11 +158,8 @@ pub fn find(dir: &Path, task: Task, split: Split) -> Result<PathBuf, DataError> 
             .map(String::from)
             .to_vec(),
     };
-    if let Some(found) = tried
-        .iter()
-        .map(|name| dir.join(name))
-        .find(|path| path.is_file())
-    {
+    let present = |name: &String| Some(dir.join(name)).filter(|path| path.is_file());
+    if let Some(found) = tried.iter().find_map(present) {
         return Ok(found);
     }
     if split == Split::Train && task.takes_examples() {
@@ -121,6 +176,12 @@ pub fn find(dir: &Path, task: Task, split: Split) -> Result<PathBuf, DataError> 
         }
         tried.push(format!("{prefix}*.tsv"));
     }
+    // A folder that was cloned from the hub.
+    let HubFile { path, .. } = hub_file(task, split);
+    if let Some(found) = present(&path) {
+        return Ok(found);
+    }
+    tried.push(path);
     Err(DataError::Missing {
         dir: dir.to_owned(),
         task,
@@ -131,22 +192,20 @@ pub fn find(dir: &Path, task: Task, split: Split) -> Result<PathBuf, DataError> 
 /// All questions of a file: what is measured on must be whole.
 ///
 /// # Errors
-/// The first malformed line, a file that cannot be read, or one without rows.
+/// The first malformed line or row, a file that cannot be read, or one without rows.
 pub fn read(file: &Path, task: Task) -> Result<Vec<Question>, DataError> {
-    let bytes = bytes(file)?;
-    let questions = parse(&bytes, file, task).collect::<Result<Vec<_>, _>>()?;
+    let questions = rows(file, task)?.into_iter().collect::<Result<_, _>>()?;
     some(questions, file)
 }
 
-/// The questions of a file that examples are drawn from, and the errors of its malformed lines: of several
+/// The questions of a file that examples are drawn from, and the errors of its malformed lines or rows: of several
 /// thousand rows a few may be missing (copies of MRPC go around in which two rows are run together).
 ///
 /// # Errors
 /// A file that cannot be read, or one without a row that is well-formed.
 pub fn read_pool(file: &Path, task: Task) -> Result<(Vec<Question>, Vec<DataError>), DataError> {
-    let bytes = bytes(file)?;
     let (mut questions, mut errors) = (Vec::new(), Vec::new());
-    for row in parse(&bytes, file, task) {
+    for row in rows(file, task)? {
         match row {
             Ok(question) => questions.push(question),
             Err(error) => errors.push(error),
@@ -161,7 +220,7 @@ pub fn read_pool(file: &Path, task: Task) -> Result<(Vec<Question>, Vec<DataErro
     }
 }
 
-/// The questions of the bytes of a file, one by one; `file` is its name in errors, whose extension `jsonl` says that the
+/// The questions of the bytes of a text file, one by one; `file` is its name in errors, whose extension `jsonl` says that the
 /// lines are JSON.
 pub fn parse<'a>(
     bytes: &'a [u8],
@@ -169,13 +228,13 @@ pub fn parse<'a>(
     task: Task,
 ) -> impl Iterator<Item = Result<Question, DataError>> + 'a {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let json = file.extension().is_some_and(|extension| extension == "jsonl");
+    let json = has_extension(file, "jsonl");
     let lines = bytes.split(|&byte| byte == b'\n').zip(1..);
     lines.filter_map(move |(text, line)| {
         let text = text.strip_suffix(b"\r").unwrap_or(text);
         let row = match std::str::from_utf8(text) {
             Ok(text) if text.trim().is_empty() || (line == 1 && is_header(text, task)) => return None,
-            Ok(text) => question(text, line, task, json),
+            Ok(text) => cells(text, task, json).and_then(|cells| question(line, task, &cells)),
             Err(_) => Err("it is not UTF-8 text".to_owned()),
         };
         Some(row.map_err(|problem| DataError::Malformed {
@@ -184,6 +243,18 @@ pub fn parse<'a>(
             problem,
         }))
     })
+}
+
+fn rows(file: &Path, task: Task) -> Result<Rows, DataError> {
+    let bytes = bytes(file)?;
+    if has_extension(file, "parquet") {
+        return parse_parquet(&bytes, file, task);
+    }
+    Ok(parse(&bytes, file, task).collect())
+}
+
+fn has_extension(file: &Path, wanted: &str) -> bool {
+    file.extension().is_some_and(|extension| extension == wanted)
 }
 
 fn bytes(file: &Path) -> Result<Vec<u8>, DataError> {
@@ -210,42 +281,84 @@ fn is_header(line: &str, task: Task) -> bool {
     }
 }
 
-/// The question of a line, or what is wrong with it.
-fn question(text: &str, line: usize, task: Task, json: bool) -> Result<Question, String> {
-    let (prompt, answers, label) = match task {
+/// What a row says, in whatever format it is stored.
+struct Cells<'a> {
+    /// The sentence, the first of two, or a passage.
+    first: Cow<'a, str>,
+    /// The second of two sentences.
+    second: &'a str,
+    /// Whether the second answer is right.
+    label: bool,
+}
+
+/// The question of a row, with the published prompt, or what is wrong with it.
+fn question(line: usize, task: Task, cells: &Cells<'_>) -> Result<Question, String> {
+    let Cells { first, second, label } = cells;
+    let (prompt, answers) = match task {
         Task::Sst2 => {
-            let [text, right] = columns(text)?;
-            let prompt = format!("{text}\nQuestion: Is this sentence positive or negative?\nAnswer:");
-            (prompt, choices(task), label(right)?)
+            let prompt = format!("{first}\nQuestion: Is this sentence positive or negative?\nAnswer:");
+            (prompt, choices(task))
         }
         Task::Mrpc => {
-            let [right, _, _, first, second] = columns(text)?;
             let prompt = format!(
                 "Sentence 1: {first}\nSentence 2: {second}\nQuestion: Do both sentences mean the same thing?\nAnswer:"
             );
-            (prompt, choices(task), label(right)?)
+            (prompt, choices(task))
         }
         Task::Cola => {
-            let [_, right, _, text] = columns(text)?;
-            let prompt = format!("{text}\nQuestion: Does this sentence make sense?\nAnswer:");
-            (prompt, choices(task), label(right)?)
+            let prompt = format!("{first}\nQuestion: Does this sentence make sense?\nAnswer:");
+            (prompt, choices(task))
         }
         Task::Lambada => {
-            let text = if json { json_text(text)? } else { text.to_owned() };
             // The harness splits at spaces only; a trailing one would ask for an empty word.
-            let (prompt, word) = text
+            let (prompt, word) = first
                 .trim_end()
                 .rsplit_once(' ')
                 .filter(|(prompt, _)| !prompt.trim().is_empty())
                 .ok_or("a passage needs two words at least")?;
-            (prompt.to_owned(), vec![format!(" {word}")], true)
+            (prompt.to_owned(), vec![format!(" {word}")])
         }
     };
     Ok(Question {
         line,
         prompt,
         answers,
-        label,
+        label: *label,
+    })
+}
+
+/// The cells of a line, or what is wrong with it.
+fn cells(text: &str, task: Task, json: bool) -> Result<Cells<'_>, String> {
+    let (first, second, right) = match task {
+        Task::Sst2 => {
+            let [text, right] = columns(text)?;
+            (text, "", right)
+        }
+        Task::Mrpc => {
+            let [right, _, _, first, second] = columns(text)?;
+            (first, second, right)
+        }
+        Task::Cola => {
+            let [_, right, _, text] = columns(text)?;
+            (text, "", right)
+        }
+        Task::Lambada => {
+            let first = if json {
+                json_text(text)?.into()
+            } else {
+                text.into()
+            };
+            return Ok(Cells {
+                first,
+                second: "",
+                label: true,
+            });
+        }
+    };
+    Ok(Cells {
+        first: first.into(),
+        second,
+        label: label(right)?,
     })
 }
 

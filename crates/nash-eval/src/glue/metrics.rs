@@ -148,7 +148,8 @@ pub fn intervals<const N: usize>(outcomes: &[Outcome], metrics: [Metric; N], see
 
 /// What a model's answers to a quiz are worth, next to the reference's answers where there are any.
 ///
-/// `answers` and `reference` come from [`answers`](super::answers) for the same quiz; `seed` is that of the resamples.
+/// `answers` and `reference` come from [`answers`](super::answers) for the same quiz; `seed` is that of the resamples. Where the
+/// questions are from is left out.
 #[must_use]
 pub fn assess(quiz: &Quiz, answers: &[bool], reference: Option<&[bool]>, seed: u64) -> TaskReport {
     let others = reference.unwrap_or(answers);
@@ -177,6 +178,7 @@ pub fn assess(quiz: &Quiz, answers: &[bool], reference: Option<&[bool]>, seed: u
         ([f1, matthews].map(classes), [agreement, change].map(compared));
     TaskReport {
         task: quiz.task.name().to_owned(),
+        data: None,
         shots: quiz.shots.len(),
         examples: outcomes.len(),
         seed,

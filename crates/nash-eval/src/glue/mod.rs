@@ -7,7 +7,7 @@
 //! questions (the model reads them once) and balanced between the answers, and a limit draws questions at random
 //! instead of taking the first ones (CoLA's are ordered by source).
 //!
-//! - [`find`], [`read`], [`read_pool`]: questions from the files of a folder.
+//! - [`find`], [`read`], [`read_pool`]: questions from the files of a folder. [`hub_file`]: where the hub has them.
 //! - [`draw`], [`sample`]: examples and questions by seed.
 //! - [`answers`]: what a model answers. [`assess`]: how good that is, with bootstrap intervals.
 //!
@@ -19,12 +19,13 @@
 mod data;
 mod draw;
 mod metrics;
+mod parquet;
 mod score;
 
 use std::fmt;
 use std::str::FromStr;
 
-pub use data::{DataError, Split, find, parse, read, read_pool};
+pub use data::{DataError, HubFile, Split, find, hub_file, parse, parse_parquet, read, read_pool};
 pub use draw::{draw, sample};
 pub use metrics::{Interval, Metric, Outcome, RESAMPLES, Tally, assess, intervals};
 pub use score::{Encode, Quiz, answers};
@@ -97,7 +98,7 @@ pub struct UnknownTask(pub String);
 /// A prompt and its possible answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// Line in its file, from 1.
+    /// Line in its file, from 1; of a Parquet file the row.
     pub line: usize,
     /// What the model reads.
     pub prompt: String,

@@ -1,5 +1,6 @@
 //! What is read, and what is told about what cannot be.
 
+use super::super::parquet::tests::{Written, numbers, snappy, texts, write};
 use super::*;
 use proptest::prelude::*;
 
@@ -140,7 +141,9 @@ fn files_of_a_folder() {
         .unwrap_err()
         .to_string();
     assert!(
-        error.ends_with("no data for sst2: looked for sst2_train.tsv, SST-2/train.tsv, sst2_train*.tsv"),
+        error.ends_with(
+            "no data for sst2: looked for sst2_train.tsv, SST-2/train.tsv, sst2_train*.tsv, sst2/train-00000-of-00001.parquet"
+        ),
         "{error}"
     );
     write("sst2_train_b.tsv", "a\t1\n");
@@ -166,6 +169,106 @@ fn files_of_a_folder() {
         read(&dir.path().join("none"), Task::Cola),
         Err(DataError::Read { .. })
     ));
+}
+
+const ONE: &str = "optional binary sentence (UTF8); optional int64 label;";
+const TWO: &str = "optional int64 label; optional binary sentence2 (UTF8); optional binary sentence1 (UTF8);";
+
+fn parsed_parquet(bytes: &[u8], task: Task) -> Result<Vec<Question>, String> {
+    parse_parquet(bytes, Path::new("q.parquet"), task)
+        .and_then(|rows| rows.into_iter().collect())
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn parquet_gives_the_same_questions() {
+    let one =
+        |sentences: &[&str], labels: &[i64]| write(ONE, snappy(), &[vec![texts(sentences), numbers(labels)]]);
+    let bytes = one(&["the tea was \"fine\" . ", "cold soup"], &[1, 0]);
+    let lines = parsed("the tea was \"fine\" . \t1\ncold soup\t0\n", "s", Task::Sst2);
+    assert_eq!(parsed_parquet(&bytes, Task::Sst2), lines);
+    let lines = parsed("x\t0\t*\tHim sleeps the.\nx\t1\t\tHe sleeps.\n", "c", Task::Cola);
+    let bytes = one(&["Him sleeps the.", "He sleeps."], &[0, 1]);
+    assert_eq!(parsed_parquet(&bytes, Task::Cola), lines);
+    // Columns in any order.
+    let group = vec![numbers(&[1]), texts(&["Rain falls."]), texts(&["It rains."])];
+    let bytes = write(TWO, snappy(), &[group]);
+    let lines = parsed("1\t7\t8\tIt rains.\tRain falls.\n", "m", Task::Mrpc);
+    assert_eq!(parsed_parquet(&bytes, Task::Mrpc), lines);
+    assert_eq!(
+        parsed_parquet(&bytes, Task::Cola).unwrap_err(),
+        "q.parquet: it has no column `sentence`; it has: label, sentence2, sentence1"
+    );
+    let text = "optional binary text (UTF8);";
+    let bytes = write(text, snappy(), &[vec![texts(&["he said  my own name "])]]);
+    let lines = parsed("he said  my own name \n", "l.txt", Task::Lambada);
+    assert_eq!(parsed_parquet(&bytes, Task::Lambada), lines);
+}
+
+#[test]
+fn what_is_wrong_is_told_with_its_row() {
+    let row = |sentence: Option<&str>, label: Option<i64>| {
+        let sentences = vec![Some("a".to_owned()), sentence.map(str::to_owned)];
+        let labels = vec![Some(1), label];
+        let bytes = write(
+            ONE,
+            snappy(),
+            &[vec![Written::Texts(sentences), Written::Numbers(labels)]],
+        );
+        parsed_parquet(&bytes, Task::Cola).unwrap_err()
+    };
+    assert_eq!(
+        row(Some("b"), Some(-1)),
+        "q.parquet, row 2: the label is `-1` instead of 0 or 1"
+    );
+    assert_eq!(row(Some("b"), None), "q.parquet, row 2: `label` is empty");
+    assert_eq!(row(Some(" "), Some(1)), "q.parquet, row 2: `sentence` is empty");
+    assert_eq!(row(None, Some(1)), "q.parquet, row 2: `sentence` is empty");
+    let labels = "optional binary sentence (UTF8); optional binary label (UTF8);";
+    let bytes = write(labels, snappy(), &[vec![texts(&["a"]), texts(&["1"])]]);
+    assert_eq!(
+        parsed_parquet(&bytes, Task::Sst2).unwrap_err(),
+        "q.parquet: column `label`: it does not hold numbers of 64 bits"
+    );
+}
+
+#[test]
+fn a_folder_cloned_from_the_hub() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("cola")).unwrap();
+    std::fs::create_dir_all(dir.path().join("data")).unwrap();
+    let keep = |task, split, bytes: &[u8]| {
+        std::fs::write(dir.path().join(hub_file(task, split).path), bytes).unwrap();
+    };
+    let rows = |labels: &[i64]| {
+        let sentences: Vec<&str> = labels.iter().map(|_| "He sleeps.").collect();
+        write(ONE, snappy(), &[vec![texts(&sentences), numbers(labels)]])
+    };
+    keep(Task::Cola, Split::Dev, &rows(&[1, 0]));
+    keep(Task::Cola, Split::Train, &rows(&[1, 2, 0]));
+    keep(Task::Lambada, Split::Dev, b"{\"text\": \"she read\"}\n");
+    let found = |task, split| find(dir.path(), task, split).unwrap();
+    assert!(found(Task::Cola, Split::Dev).ends_with("cola/validation-00000-of-00001.parquet"));
+    assert_eq!(read(&found(Task::Cola, Split::Dev), Task::Cola).unwrap().len(), 2);
+    let (pool, errors) = read_pool(&found(Task::Cola, Split::Train), Task::Cola).unwrap();
+    assert_eq!((pool.len(), errors.len()), (2, 1));
+    assert!(
+        errors[0]
+            .to_string()
+            .ends_with("row 2: the label is `2` instead of 0 or 1")
+    );
+    let lambada = read(&found(Task::Lambada, Split::Dev), Task::Lambada).unwrap();
+    assert_eq!(lambada[0].answers, [" read"]);
+    // A file without rows, and a damaged one, from which no examples are taken either.
+    keep(Task::Cola, Split::Dev, &rows(&[]));
+    let result = read(&found(Task::Cola, Split::Dev), Task::Cola);
+    assert!(matches!(result, Err(DataError::Empty { .. })));
+    keep(Task::Cola, Split::Train, b"PAR1");
+    let result = read_pool(&found(Task::Cola, Split::Train), Task::Cola);
+    assert!(matches!(result, Err(DataError::Unreadable { .. })));
+    // Tab-separated files come first.
+    std::fs::write(dir.path().join("cola_dev.tsv"), "x\t1\t\tHe runs.\n").unwrap();
+    assert!(found(Task::Cola, Split::Dev).ends_with("cola_dev.tsv"));
 }
 
 proptest! {
