@@ -9,6 +9,7 @@ use crate::layout::{
     BLOCK, CHAIN, GROUP, LayoutError, PackedMatrix, PackedRef, PackedShape, RUN, SCALE_UNIT, TILE_CHAINS,
     TILE_ROWS, TILE_WEIGHTS, WINDOW_BITS, Width, check_codebook, check_len,
 };
+use crate::pool;
 
 /// The content of a packed matrix, one element per entry; see [`PackedRef`] for their meaning.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +35,15 @@ impl Unpacked {
         check_len("row scales", shape.rows, self.row_scales.len())?;
         check_codebook(shape.width, &self.codebook)?;
         let levels = shape.width.levels();
+        // The largest of all is found many at a time.
+        if self
+            .codes
+            .iter()
+            .max()
+            .is_none_or(|&code| usize::from(code) < levels)
+        {
+            return Ok(());
+        }
         match self.codes.iter().position(|&code| usize::from(code) >= levels) {
             None => Ok(()),
             Some(at) => {
@@ -57,9 +67,35 @@ impl Unpacked {
 pub fn pack(shape: PackedShape, unpacked: &Unpacked) -> Result<PackedMatrix, LayoutError> {
     unpacked.check(shape)?;
     let mut stream = vec![0; shape.checked_stream_bytes()?];
+    let tiles = tiles_per_task(shape);
+    let task = tiles * shape.groups() * shape.record_bytes();
+    pool::for_each_chunk(&mut stream, task.max(1), |index, part| {
+        let tile_bytes = shape.groups() * shape.record_bytes();
+        for (t, tile) in part.chunks_exact_mut(tile_bytes).enumerate() {
+            pack_tile(shape, unpacked, index * tiles + t, tile);
+        }
+    });
+    let (row_scales, codebook) = (unpacked.row_scales.clone(), unpacked.codebook.clone());
+    Ok(PackedMatrix {
+        shape,
+        stream,
+        row_scales,
+        codebook,
+    })
+}
+
+/// Weights that one task packs or unpacks, about.
+const TASK_WEIGHTS: usize = 1 << 17;
+
+/// Tiles that one task packs or unpacks.
+fn tiles_per_task(shape: PackedShape) -> usize {
+    TASK_WEIGHTS.div_ceil(TILE_ROWS * shape.cols.max(1))
+}
+
+/// Writes the records of a tile.
+fn pack_tile(shape: PackedShape, unpacked: &Unpacked, tile: usize, out: &mut [u8]) {
     let groups = shape.groups();
-    for (index, record) in stream.chunks_exact_mut(shape.record_bytes()).enumerate() {
-        let (tile, group) = (index / groups, index % groups);
+    for (group, record) in out.chunks_exact_mut(shape.record_bytes()).enumerate() {
         let (out, scale_codes) = record.split_at_mut(record_code_bytes(shape.width));
         let mut record_codes = [0; TILE_WEIGHTS];
         for r in 0..TILE_ROWS.min(shape.rows - tile * TILE_ROWS) {
@@ -73,36 +109,50 @@ pub fn pack(shape: PackedShape, unpacked: &Unpacked) -> Result<PackedMatrix, Lay
         }
         encode(&record_codes, shape.width, out);
     }
-    let (row_scales, codebook) = (unpacked.row_scales.clone(), unpacked.codebook.clone());
-    Ok(PackedMatrix {
-        shape,
-        stream,
-        row_scales,
-        codebook,
-    })
 }
 
 /// Takes a packed matrix apart.
 pub fn unpack(packed: PackedRef<'_>) -> Unpacked {
     let shape = packed.shape();
-    let mut codes = Vec::with_capacity(shape.rows * shape.cols);
-    let mut scale_codes = Vec::with_capacity(shape.rows * shape.groups());
-    for row in 0..shape.rows {
-        let groups = row_groups(packed, row, |codes| {
-            fields(codes, shape.width, shape.width.bits())
-        });
-        for (group, (group_codes, scale_code)) in groups.enumerate() {
-            let used = GROUP.min(shape.cols - group * GROUP);
-            codes.extend_from_slice(&group_codes[..used]);
-            scale_codes.push(scale_code);
+    let (cols, groups) = (shape.cols, shape.groups());
+    let (mut codes, mut scale_codes) = (vec![0; shape.rows * cols], vec![0; shape.rows * groups]);
+    let records = packed
+        .stream()
+        .chunks_exact((groups * shape.record_bytes()).max(1));
+    let parts = codes
+        .chunks_mut((TILE_ROWS * cols).max(1))
+        .zip(scale_codes.chunks_mut((TILE_ROWS * groups).max(1)));
+    let mut tiles: Vec<_> = parts.zip(records).collect();
+    pool::for_each_chunk(&mut tiles, tiles_per_task(shape), |_, tiles| {
+        for ((codes, scale_codes), records) in tiles {
+            unpack_tile(shape, records, codes, scale_codes);
         }
-    }
+    });
     let (row_scales, codebook) = (packed.row_scales().to_vec(), packed.codebook().to_vec());
     Unpacked {
         codes,
         scale_codes,
         row_scales,
         codebook,
+    }
+}
+
+/// Reads the records of a tile: codes `[rows, n]`, scale codes `[rows, groups]`.
+fn unpack_tile(shape: PackedShape, records: &[u8], codes: &mut [u8], scale_codes: &mut [i8]) {
+    let groups = shape.groups();
+    for (group, record) in records.chunks_exact(shape.record_bytes()).enumerate() {
+        let (packed, scales) = record.split_at(record_code_bytes(shape.width));
+        let all = fields(packed, shape.width, shape.width.bits());
+        let rows = codes
+            .chunks_exact_mut(shape.cols)
+            .zip(scale_codes.chunks_exact_mut(groups));
+        for (r, (codes, scale_codes)) in rows.enumerate() {
+            let codes = &mut codes[group * GROUP..shape.cols.min((group + 1) * GROUP)];
+            for (q, block) in codes.chunks_mut(BLOCK).enumerate() {
+                block.copy_from_slice(&all[(q * TILE_ROWS + r) * BLOCK..][..block.len()]);
+            }
+            scale_codes[group] = scales[r].cast_signed();
+        }
     }
 }
 
@@ -113,32 +163,26 @@ pub fn unpack(packed: PackedRef<'_>) -> Unpacked {
 /// # Panics
 /// If `row` is not below the number of rows or `out` has not `cols` elements.
 pub fn dequantize_row(packed: PackedRef<'_>, row: usize, out: &mut [f32]) {
-    let (shape, table) = (packed.shape(), packed.table());
+    let shape = packed.shape();
     assert_eq!(out.len(), shape.cols, "output of a dequantized row");
     let row_scale = packed.row_scales()[row].to_f32() * SCALE_UNIT;
-    let groups = row_groups(packed, row, |codes| values(codes, shape.width, &table));
-    for (out, (values, scale_code)) in out.chunks_mut(GROUP).zip(groups) {
+    for (out, (values, scale_code)) in out.chunks_mut(GROUP).zip(row_groups(packed, row)) {
         for (out, value) in out.iter_mut().zip(values) {
             *out = row_scale * (i32::from(scale_code) * i32::from(value)) as f32;
         }
     }
 }
 
-/// The groups of one row: what `decode` finds for its 64 columns (padding included) in the codes of a record, and the
-/// scale code.
-fn row_groups<T: Copy + Default>(
-    packed: PackedRef<'_>,
-    row: usize,
-    decode: impl Fn(&[u8]) -> [T; TILE_WEIGHTS],
-) -> impl Iterator<Item = ([T; GROUP], i8)> {
-    let shape = packed.shape();
+/// The groups of one row: values of its 64 columns (padding included), and the scale code.
+fn row_groups(packed: PackedRef<'_>, row: usize) -> impl Iterator<Item = ([i8; GROUP], i8)> {
+    let (shape, table) = (packed.shape(), packed.table());
     let (tile, r) = (row / TILE_ROWS, row % TILE_ROWS);
     let tile_bytes = shape.groups() * shape.record_bytes();
     let records = &packed.stream()[tile * tile_bytes..][..tile_bytes];
     records.chunks_exact(shape.record_bytes()).map(move |record| {
         let (codes, scale_codes) = record.split_at(record_code_bytes(shape.width));
-        let all = decode(codes);
-        let mut found = [T::default(); GROUP];
+        let all = values(codes, shape.width, &table);
+        let mut found = [0; GROUP];
         for (q, block) in found.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
             block.copy_from_slice(&all[(q * TILE_ROWS + r) * BLOCK..][..BLOCK]);
         }
