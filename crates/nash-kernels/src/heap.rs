@@ -1,6 +1,20 @@
 //! The heap of the process.
 
-#![allow(unsafe_code, reason = "two calls of the C library")]
+#![allow(unsafe_code, reason = "three calls of the C library")]
+
+/// Bytes from which on a block is large.
+#[cfg(target_os = "linux")]
+const LARGE: usize = 4 << 20;
+
+/// Has large blocks go back to the system as soon as they are freed (GNU C library; elsewhere nothing changes). Left alone, the library keeps blocks of up to
+/// 32 MiB once one has been freed, and what lives long between them holds the gaps open: a tenth of the peak of a compression.
+pub fn return_freed_blocks() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: sets a number of the allocator, under its lock; blocks of either kind can be freed afterwards.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE as libc::c_int);
+    }
+}
 
 /// `len` zeros. Where there are many of them they lie on huge pages, if the system gives those to programs that ask (Linux): a matrix of 9000² then costs two hundred
 /// page faults instead of eighty thousand, and products find its rows with as many fewer look-ups.
@@ -14,8 +28,6 @@ pub fn zeros(len: usize) -> Vec<f32> {
 fn prefer_huge_pages(values: &[f32]) {
     #[cfg(target_os = "linux")]
     {
-        /// Bytes below which it is not worth a call.
-        const LARGE: usize = 4 << 20;
         /// A multiple of every page size in use.
         const PAGE: usize = 64 << 10;
         let bytes = size_of_val(values);

@@ -278,6 +278,7 @@ impl Model {
             let rows = &table[(start + offset) * d..(end + offset) * d];
             x.iter_mut().zip(rows).for_each(|(v, p)| *v += p);
         }
+        self.release(None);
         Ok(())
     }
 

@@ -330,6 +330,7 @@ pub(crate) fn compress(
 ) -> anyhow::Result<nash_quant::Report> {
     let tokenizer = loaded.tokenizer()?;
     let save = |dir: &Path| Ok(tokenizer.save(dir)?);
+    nash_kernels::heap::return_freed_blocks();
     let report = nash_quant::compress(&loaded.file, &save, out, options, ui)
         .with_context(|| format!("cannot compress {}", loaded.path.display()))?;
     ui.finish();
