@@ -203,8 +203,8 @@ fn hub_cache(dir: &Path) -> std::path::PathBuf {
         std::fs::write(root.join("refs/main"), commit).unwrap();
         std::fs::write(file, bytes).unwrap();
     };
-    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/parquet");
-    let cola = std::fs::read(seeds.join("cola")).unwrap();
+    let cola = Path::new(env!("CARGO_MANIFEST_DIR")).join("../nash-eval/tests/hub/cola.parquet");
+    let cola = std::fs::read(cola).unwrap();
     keep(
         "datasets--nyu-mll--glue",
         "cola/validation-00000-of-00001.parquet",

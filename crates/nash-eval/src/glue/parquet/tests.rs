@@ -117,6 +117,20 @@ fn columns_by_name() {
     }
 }
 
+/// What `Dataset.to_parquet` of the Python package `datasets` 5.2, which writes the hub's files, made of two invented rows.
+#[test]
+fn a_file_of_the_hubs_writer() {
+    let bytes = include_bytes!("../../../tests/hub/cola.parquet");
+    let found = read(bytes).unwrap();
+    assert_eq!(
+        found.texts,
+        [["He sleeps.", "Him sleeps the."]
+            .map(|text| Some(text.into()))
+            .to_vec()]
+    );
+    assert_eq!(found.numbers, [[1, 0].map(Some).to_vec()]);
+}
+
 #[test]
 fn what_is_not_read_is_named() {
     for columns in [
