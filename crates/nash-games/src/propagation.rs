@@ -77,18 +77,7 @@ impl Correction {
             .iter_mut()
             .zip(&compressed)
             .for_each(|(x, other)| *x -= other);
-        let factors = if n <= tokens {
-            let mut drift = zeros(n * n);
-            gemm(
-                share,
-                MatRef::row_major(&difference, tokens, n).t(),
-                MatRef::row_major(&compressed, tokens, n),
-                0.0,
-                MatMut::row_major(&mut drift, n, n),
-            );
-            let cholesky = factor(hessian, n)?;
-            Factors::Inputs { drift, cholesky }
-        } else {
+        let factors = if through_tokens(n, tokens) {
             let root = share.sqrt();
             let whitening: Vec<f32> = damping.iter().map(|d| d.sqrt().recip()).collect();
             let mut whitened = compressed;
@@ -108,6 +97,17 @@ impl Correction {
                 whitened,
                 whitening,
             }
+        } else {
+            let mut drift = zeros(n * n);
+            gemm(
+                share,
+                MatRef::row_major(&difference, tokens, n).t(),
+                MatRef::row_major(&compressed, tokens, n),
+                0.0,
+                MatMut::row_major(&mut drift, n, n),
+            );
+            let cholesky = factor(hessian, n)?;
+            Factors::Inputs { drift, cholesky }
         };
         Ok(Self { n, factors })
     }
@@ -158,6 +158,11 @@ impl Correction {
         check_finite("shifted targets", &target)?;
         Ok(target)
     }
+}
+
+/// Whether a drift is corrected through tokens instead of inputs: where there are fewer of them.
+pub fn through_tokens(inputs: usize, tokens: usize) -> bool {
+    tokens < inputs
 }
 
 fn factor(matrix: &[f32], size: usize) -> Result<Llt<f32>, GameError> {

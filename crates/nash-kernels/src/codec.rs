@@ -35,16 +35,10 @@ impl Unpacked {
         check_len("row scales", shape.rows, self.row_scales.len())?;
         check_codebook(shape.width, &self.codebook)?;
         let levels = shape.width.levels();
-        // The largest of all is found many at a time.
-        if self
-            .codes
-            .iter()
-            .max()
-            .is_none_or(|&code| usize::from(code) < levels)
-        {
-            return Ok(());
-        }
-        match self.codes.iter().position(|&code| usize::from(code) >= levels) {
+        let invalid = |code: &u8| usize::from(*code) >= levels;
+        // The largest of all is found many at a time, a place one by one.
+        let largest = self.codes.iter().max().filter(|code| invalid(code));
+        match largest.and_then(|_| self.codes.iter().position(invalid)) {
             None => Ok(()),
             Some(at) => {
                 let (row, col) = (at / shape.cols, at % shape.cols);

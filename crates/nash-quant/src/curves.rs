@@ -58,7 +58,7 @@ impl Session<'_> {
         probe: &mut Option<Probe>,
     ) -> Result<Vec<Curve>, QuantError> {
         let (layer, layers) = (group[0].layer, self.model.config().num_layers());
-        let stride = self.options.probe_layer_stride.max(1);
+        let stride = self.options.probe_layer_stride;
         let measures = self.sensitivity_kind().measures()
             && layer.is_none_or(|layer| is_measured(layer, layers, stride));
         let mut curves = Vec::with_capacity(group.len());
@@ -185,7 +185,7 @@ impl Session<'_> {
 /// Whether the effect of tensors in this layer is measured: all layers of shallow models; in deep ones the first three and the last two,
 /// which differ most, and every `stride`-th between.
 pub(crate) fn is_measured(layer: usize, layers: usize, stride: usize) -> bool {
-    layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(stride)
+    layers <= 12 || layer < 3 || layer + 2 >= layers || layer.is_multiple_of(stride.max(1))
 }
 
 /// Kind of a linear: its name after the layer's number; outside of the layers the matrix it belongs to.

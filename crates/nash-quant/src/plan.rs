@@ -1,7 +1,9 @@
 //! What a compression would give and cost, from shapes alone: no weights are read.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use nash_games::propagation::through_tokens;
 use nash_kernels::Width;
 use nash_kernels::dense::{MatMut, MatRef, gemm};
 use nash_models::{ModelConfig, Site, VocabParts};
@@ -249,11 +251,9 @@ impl Cost {
         let (propagate, inputs) = if options.propagation > 0.0 {
             let widest = linears.iter().map(|l| l.cols).max().unwrap_or(0);
             let columns = 4 * config.hidden_size + 3 * widest;
-            let corrections: f64 = sites.iter().map(|s| correction(s.2 as f64, tokens)).sum();
-            let targets: f64 = linears
-                .iter()
-                .map(|l| target(l.rows as f64, l.cols as f64, tokens))
-                .sum();
+            let corrections: f64 = sites.iter().map(|s| correction(s.2, tokens as usize)).sum();
+            let targets = linears.iter().map(|l| target(l.rows, l.cols, tokens as usize));
+            let targets: f64 = targets.sum();
             let operations = tokens * gram + corrections + targets + 3.2 * evaluation(tokens);
             (operations, tokens as u64 * 4 * columns as u64)
         } else {
@@ -274,26 +274,33 @@ impl Cost {
 }
 
 /// Operations of the correction of a site of `n` inputs ([`nash_games::propagation`]).
-fn correction(n: f64, tokens: f64) -> f64 {
-    if n <= tokens {
-        2.0 * tokens * n * n + n.powi(3) / 3.0
+fn correction(inputs: usize, tokens: usize) -> f64 {
+    let (n, t) = (inputs as f64, tokens as f64);
+    if through_tokens(inputs, tokens) {
+        t * t * n + t.powi(3) / 3.0
     } else {
-        tokens * tokens * n + tokens.powi(3) / 3.0
+        2.0 * t * n * n + n.powi(3) / 3.0
     }
 }
 
 /// Operations of a target `[m, n]`.
-fn target(m: f64, n: f64, tokens: f64) -> f64 {
-    if n <= tokens {
-        4.0 * m * n * n
+fn target(outputs: usize, inputs: usize, tokens: usize) -> f64 {
+    let (m, n, t) = (outputs as f64, inputs as f64, tokens as f64);
+    if through_tokens(inputs, tokens) {
+        4.0 * m * n * t + 2.0 * m * t * t
     } else {
-        4.0 * m * n * tokens + 2.0 * m * tokens * tokens
+        4.0 * m * n * n
     }
 }
 
-/// `f32` operations per second of this machine's matrix products: the best of those that fit half a second, so that a moment in which something else ran
-/// does not count.
+/// `f32` operations per second of this machine's matrix products, measured when it is first asked for.
 fn operations_per_second() -> f64 {
+    static RATE: OnceLock<f64> = OnceLock::new();
+    *RATE.get_or_init(measure_rate)
+}
+
+/// The best of the products that fit half a second, so that a moment in which something else ran does not count.
+fn measure_rate() -> f64 {
     const N: usize = 1024;
     const MEASURED: Duration = Duration::from_millis(500);
     /// The share of the rate of a square product that those of a compression reach: from whole runs on models of 135M and 1.5B weights.

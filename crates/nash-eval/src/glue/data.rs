@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{Question, Task};
-pub use table::parse_parquet;
+use table::parse_parquet;
 
 /// Which part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,7 +248,7 @@ pub fn parse<'a>(
 fn rows(file: &Path, task: Task) -> Result<Rows, DataError> {
     let bytes = bytes(file)?;
     if has_extension(file, "parquet") {
-        return parse_parquet(&bytes, file, task);
+        return parse_parquet(bytes, file, task);
     }
     Ok(parse(&bytes, file, task).collect())
 }

@@ -25,7 +25,7 @@ mod score;
 use std::fmt;
 use std::str::FromStr;
 
-pub use data::{DataError, HubFile, Split, find, hub_file, parse, parse_parquet, read, read_pool};
+pub use data::{DataError, HubFile, Split, find, hub_file, parse, read, read_pool};
 pub use draw::{draw, sample};
 pub use metrics::{Interval, Metric, Outcome, RESAMPLES, Tally, assess, intervals};
 pub use score::{Encode, Quiz, answers};

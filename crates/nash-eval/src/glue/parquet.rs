@@ -26,7 +26,7 @@ pub(super) struct Columns {
 
 impl Columns {
     /// The columns of texts and of whole numbers that have these names, or what is wrong with the file.
-    pub(super) fn read(bytes: &[u8], texts: &[&str], numbers: &[&str]) -> Result<Self, String> {
+    pub(super) fn read(bytes: Vec<u8>, texts: &[&str], numbers: &[&str]) -> Result<Self, String> {
         if bytes.len() > LARGEST {
             return Err(format!(
                 "it has {} bytes; at most {LARGEST} are read",
@@ -36,7 +36,7 @@ impl Columns {
         if bytes.starts_with(b"version https://git-lfs") {
             return Err("it only stands for the file, which `git lfs pull` fetches".to_owned());
         }
-        let bytes = Bytes::copy_from_slice(bytes);
+        let bytes = Bytes::from(bytes);
         // Nothing that a panic could leave half done is used afterwards.
         catch_unwind(AssertUnwindSafe(|| Self::of(bytes, texts, numbers)))
             .unwrap_or_else(|_| Err("it is damaged".to_owned()))

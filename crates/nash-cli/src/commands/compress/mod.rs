@@ -11,7 +11,7 @@ use nash_eval::memory;
 use nash_eval::report::{Report, Row};
 use nash_kernels::Width;
 use nash_models::ModelConfig;
-use nash_quant::{Allocation, Budget, Codebook, CompressOptions, Effort, Method, Sensitivity};
+use nash_quant::{Allocation, Budget, Codebook, CompressOptions, Effort, Inventory, Method, Sensitivity};
 
 use crate::args::{Json, Threads, Work};
 use crate::calibration::{Source, calibration};
@@ -313,11 +313,7 @@ fn fit_memory(config: &ModelConfig) -> anyhow::Result<Budget> {
     let free = memory::available_bytes().context("this system does not tell how much memory is free")?;
     let cache = config.kv_bytes_per_token() as u64 * config.context_length.min(4096) as u64;
     let room = (free / 4 * 3).saturating_sub(cache);
-    let widest = CompressOptions {
-        budget: Budget::BitsPerWeight(8.25),
-        ..CompressOptions::default()
-    };
-    let widest = nash_quant::plan(config, &widest)?.budget_bytes;
+    let widest = Budget::BitsPerWeight(8.25).bytes(Inventory::of(config).weights());
     Ok(Budget::Bytes(room.min(widest)))
 }
 

@@ -2,20 +2,16 @@
 
 use std::path::Path;
 
+use super::super::Task;
 use super::super::parquet::Columns;
-use super::super::{Question, Task};
-use super::{Cells, DataError, label, question};
+use super::{Cells, DataError, Rows, label, question};
 
 /// The questions of the bytes of a Parquet file, row by row; `file` is its name in errors.
 ///
 /// # Errors
 /// [`DataError::Unreadable`] where the file is damaged or of a kind that is not read here, or a column is missing or of another type.
 /// What is wrong with a row is in its place.
-pub fn parse_parquet(
-    bytes: &[u8],
-    file: &Path,
-    task: Task,
-) -> Result<Vec<Result<Question, DataError>>, DataError> {
+pub(super) fn parse_parquet(bytes: Vec<u8>, file: &Path, task: Task) -> Result<Rows, DataError> {
     let table = Table::read(bytes, task).map_err(|problem| DataError::Unreadable {
         file: file.to_owned(),
         problem,
@@ -42,7 +38,7 @@ struct Table {
 }
 
 impl Table {
-    fn read(bytes: &[u8], task: Task) -> Result<Self, String> {
+    fn read(bytes: Vec<u8>, task: Task) -> Result<Self, String> {
         let names: &[&str] = match task {
             Task::Sst2 | Task::Cola => &["sentence"],
             Task::Mrpc => &["sentence1", "sentence2"],

@@ -175,7 +175,7 @@ const ONE: &str = "optional binary sentence (UTF8); optional int64 label;";
 const TWO: &str = "optional int64 label; optional binary sentence2 (UTF8); optional binary sentence1 (UTF8);";
 
 fn parsed_parquet(bytes: &[u8], task: Task) -> Result<Vec<Question>, String> {
-    parse_parquet(bytes, Path::new("q.parquet"), task)
+    parse_parquet(bytes.to_vec(), Path::new("q.parquet"), task)
         .and_then(|rows| rows.into_iter().collect())
         .map_err(|error| error.to_string())
 }

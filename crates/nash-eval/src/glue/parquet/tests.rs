@@ -91,7 +91,7 @@ fn small() -> Vec<u8> {
 }
 
 fn read(bytes: &[u8]) -> Result<Columns, String> {
-    Columns::read(bytes, &["sentence"], &["label"])
+    Columns::read(bytes.to_vec(), &["sentence"], &["label"])
 }
 
 fn refused(bytes: &[u8]) -> String {
@@ -113,7 +113,7 @@ fn columns_by_name() {
         ),
         ("idx", "column `idx`: it does not hold numbers of 64 bits"),
     ] {
-        assert_eq!(Columns::read(&bytes, &[], &[name]).unwrap_err(), problem);
+        assert_eq!(Columns::read(bytes.clone(), &[], &[name]).unwrap_err(), problem);
     }
 }
 
@@ -147,7 +147,7 @@ fn what_is_not_read_is_named() {
     let many = Written::Numbers(vec![Some(1); MAX_ROWS + 1]);
     let bytes = write("required int64 label;", snappy(), &[vec![many]]);
     assert!(bytes.len() < 5000, "{} bytes", bytes.len());
-    let problem = Columns::read(&bytes, &[], &["label"]).unwrap_err();
+    let problem = Columns::read(bytes, &[], &["label"]).unwrap_err();
     assert_eq!(problem, "column `label`: it has more than 262144 rows");
 }
 
